@@ -1,0 +1,107 @@
+"""What a trial says and how it ended: the plain values that cross every boundary.
+
+running ──> completed     trained its last epoch; its value counts
+        ├─> stopped       by the scheduler, its patience or the budget
+        ├─> diverged      its numbers became nan or inf, or exploded
+        ├─> failed        an error in code or machine
+        └─> interrupted   by the user or a crash; the study's next start continues it
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded"]
+
+
+class Outcome(StrEnum):
+    """How a trial ended."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSample:
+    """One layer at one optimizer step. Angles in radians; quantities that do not exist are None."""
+
+    step: int
+    """Optimizer steps since the trial began."""
+    layer: str
+    """Name of the parameter's layer."""
+    role: str
+    place: str
+    """Place of the norm gain that follows, as far as it is known; empty otherwise."""
+    scale_invariant: bool
+    equilibrated: bool
+    """Whether rate x steps since lr x decay last changed is at least 5."""
+    lr: float
+    weight_decay: float
+    weight_norm: float
+    """|w| before the step."""
+    grad_norm: float
+    """|g| at the step, decay not included."""
+    effective_lr: float
+    """lr/|w|^2 for sgd, lr/|w| for normalized rules."""
+    rotation: float
+    """Angle between the weights before and after the step."""
+    rotation_expected: float | None
+    """The angle at equilibrium, where theory gives one."""
+    source: str = "weights"
+    """`weights`: measured on the weights themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one trial says at the end of one epoch. Losses in nats, errors in [0, 1], all steps absolute."""
+
+    step: int
+    """Optimizer steps since the trial began, never since a restart."""
+    epoch: int
+    """Epochs since the trial began."""
+    values: Mapping[str, float]
+    """Metric to finite value, such as `{"val/error": 0.071}`."""
+    samples: Sequence[LayerSample] = ()
+    """The layers' samples since the measurement before."""
+    seconds: float = 0.0
+    """Time that this interval took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """An outcome with its reason."""
+
+    outcome: Outcome
+    reason: Reason = ""
+    error: str = ""
+    """The user's traceback, where the outcome is `failed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """One trial as it is remembered: what it was, how it ended, what it measured last."""
+
+    trial_id: str
+    arm: str
+    outcome: Outcome
+    reason: str
+    trial: Mapping[str, Any]
+    """The trial's spec as plain values."""
+    value: float | None
+    """The objective; None unless it completed or was stopped with a finite one."""
+    step: int = 0
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    run_id: str = ""
+    seconds: float = 0.0
+    replicate_of: str = ""
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float]:
+    """Only the values that are numbers: MLflow shows inf and NaN as if they were results."""
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,347 @@
+"""TrialSpec: the words that describe one trial, from its data to its decay.
+
+A trial is a complete, frozen value: two equal specs train bit for bit the same on one machine.
+
+    trial
+    ├── data        which images, how many, how noisy          -> training/data.py
+    ├── model       which network, which norm                  -> training/models.py
+    ├── optimizer   rule, lr, decay, gamma-decay policy        -> training/decay.py
+    ├── schedule    lr over the steps                          -> training/schedules.py
+    └── trace       how often effective learning rates are sampled
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PositiveInt, model_validator
+
+from study.space import Frozen, not_a_boolean
+
+PLACES = ("stem", "inner", "last", "down", "final", "stream")
+"""Where a norm gain can stand in the computation, in the canonical order of policies."""
+
+PROBES = ("branch_ratio", "class_error")
+"""What a trial may measure once more at its end."""
+
+IMPORT = "import:"
+"""Prefix of a field that names the user's own code, as `import:package.module:function`."""
+
+PRODUCT_TOLERANCE = 1e-9
+"""Largest relative disagreement between lr x weight_decay and intrinsic_lr."""
+
+
+def gamma_terms(policy: str) -> dict[str, float]:
+    """The anchor (0 or 1) of every place that a gamma-decay policy lets weight decay touch.
+
+    >>> gamma_terms("inner+last@1")
+    {'inner': 0.0, 'last': 1.0}
+
+    Raises:
+        ValueError: if the policy is not `none`, `all[@1]` or distinct places joined by `+`.
+    """
+    if policy == "none":
+        return {}
+    terms: dict[str, float] = {}
+    for term in policy.split("+"):
+        place, at, anchor = term.strip().partition("@")
+        if at and anchor != "1":
+            raise ValueError(f"{policy!r}: an anchor is written '@1' (got '@{anchor}')")
+        if place == "none" or (place == "all" and "+" in policy):
+            raise ValueError(f"{policy!r}: '{place}' stands alone, it cannot be joined by '+'")
+        if place not in (*PLACES, "all"):
+            raise ValueError(f"{policy!r}: {place!r} is not a place; use none, all, or places out of {', '.join(PLACES)}")
+        if place in terms:
+            raise ValueError(f"{policy!r}: {place!r} is named twice")
+        terms[place] = 1.0 if at else 0.0
+    if "all" in terms:
+        return dict.fromkeys(PLACES, terms["all"])
+    return {place: terms[place] for place in PLACES if place in terms}
+
+
+def canonical_gamma(policy: str) -> str:
+    """A policy with its places in canonical order: `last+inner` becomes `inner+last`."""
+    terms = gamma_terms(policy)
+    if policy.startswith("all") or not terms:
+        return policy.strip()
+    return "+".join(place + ("@1" if anchor else "") for place, anchor in terms.items())
+
+
+def _import_path(value: str) -> str:
+    module, _, function = value.removeprefix(IMPORT).partition(":")
+    parts = (*module.split("."), function)
+    if not value.startswith(IMPORT) or not all(part.isidentifier() for part in parts):
+        raise ValueError(f"must be written import:package.module:function (got {value!r})")
+    return value
+
+
+def _name_or_import(*names: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value in names:
+            return value
+        if value.startswith(IMPORT):
+            return _import_path(value)
+        raise ValueError(f"must be one of {', '.join(names)}, or import:package.module:function (got {value!r})")
+
+    return AfterValidator(check)
+
+
+def _text(value: object) -> object:
+    if value is None or isinstance(value, bool):
+        raise ValueError(f"must be text; quote it (got {value})")
+    return value
+
+
+Real: TypeAlias = Annotated[float, BeforeValidator(not_a_boolean), Field(allow_inf_nan=False)]
+Fraction: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
+Positive: TypeAlias = Annotated[Real, Field(gt=0)]
+NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
+GammaPolicy: TypeAlias = Annotated[str, BeforeValidator(_text), AfterValidator(canonical_gamma)]
+Args: TypeAlias = dict[str, JsonValue]
+
+
+class DataSpec(Frozen):
+    """Which images are trained on, and which ones the search sees."""
+
+    name: Annotated[str, _name_or_import("digits", "mnist5k", "npz")] = "digits"
+    """`digits` (1,797 images 8x8), `mnist5k` (5,000 MNIST images 28x28), `npz` (your arrays), or `import:package.module:function`."""
+    path: str | None = None
+    """For `npz`: the file, with arrays `images` (N, channels, height, width) or (N, features), and `labels` (N,) of integers."""
+    args: Args = Field(default_factory=dict)
+    """Keyword arguments of the imported function."""
+    batch_size: PositiveInt = 64
+    """Images in one optimizer step; the rest of an epoch smaller than this is dropped."""
+    label_noise: Fraction = 0.0
+    """Share of training labels replaced by another class, drawn from `seed`."""
+    train_size: PositiveInt | None = None
+    """How many training images to keep after the split; none keeps all."""
+    validation: Fraction = 0.2
+    """Share of images that the search is scored on. Ignored where the imported function brings its own validation set."""
+    test: Fraction = 0.0
+    """Share of images that search never sees."""
+    seed: Seed = 0
+    """Draws split, subset and label noise."""
+    augment: Literal["none", "shift", "flip"] = "none"
+    """What happens to training images: nothing, a shift by up to one eighth of the width, or a left-right flip."""
+    pool: PositiveInt = 1
+    """Average-pools images by this factor on both axes: 2 makes 28x28 into 14x14."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "DataSpec":
+        if self.name == "npz" and self.path is None:
+            raise ValueError("data.name: npz needs data.path, the file with arrays images and labels")
+        if self.name != "npz" and self.path is not None:
+            raise ValueError(f"data.path belongs to data.name: npz (got name: {self.name})")
+        if self.args and not self.name.startswith(IMPORT):
+            raise ValueError("data.args belongs to an imported data.name")
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation + test must leave training images (got {self.validation} + {self.test})")
+        return self
+
+
+class ModelSpec(Frozen):
+    """Which network is trained, and what normalizes it."""
+
+    name: Annotated[str, _name_or_import("mlp", "resnet", "transformer")] = "resnet"
+    """`mlp`, `resnet` (CIFAR-style stem), `transformer` (a small ViT), or `import:package.module:function`."""
+    norm: Literal["batch", "layer", "group", "rms", "weight", "none"] = "batch"
+    """What normalizes the layers. Default: `batch`; `layer` for the transformer."""
+    width: PositiveInt = 16
+    """Hidden units (mlp), channels of the first stage (resnet), embedding size (transformer)."""
+    depth: PositiveInt = 2
+    """Hidden layers (mlp) or blocks (transformer)."""
+    blocks: tuple[PositiveInt, ...] = Field(default=(2, 2), min_length=1)
+    """Residual blocks of each stage (resnet); each stage after the first doubles the channels and halves the image."""
+    block: Literal["basic", "bottleneck"] = "basic"
+    """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels at its end (resnet)."""
+    order: Literal["post", "pre"] = "post"
+    """Norms after the weights, as in ResNet v1 and BERT, or before them, as in ResNet v2 and GPT-2."""
+    heads: PositiveInt = 4
+    """Attention heads (transformer)."""
+    patch: PositiveInt = 2
+    """Side of an image patch in pixels (transformer)."""
+    dropout: Fraction = 0.0
+    """Share of hidden activations dropped while training."""
+    args: Args = Field(default_factory=dict)
+    """Keyword arguments of the imported function."""
+    places: dict[str, Literal["stem", "inner", "last", "down", "final", "stream"]] = Field(default_factory=dict)
+    """Places of gains that cannot be read from the computation, by shell-style pattern of the parameter's name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _norm_of_a_transformer(cls, given: object) -> object:
+        if isinstance(given, Mapping) and given.get("name") == "transformer":
+            return {"norm": "layer", **given}
+        return given
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ModelSpec":
+        if self.args and not self.name.startswith(IMPORT):
+            raise ValueError("model.args belongs to an imported model.name")
+        if self.name == "transformer":
+            if self.norm in ("batch", "group"):
+                raise ValueError(f"a transformer's norm is layer, rms, weight or none (got {self.norm!r})")
+            if self.width % self.heads:
+                raise ValueError(f"width must be a multiple of heads (got width {self.width}, heads {self.heads})")
+        return self
+
+
+class OptimizerSpec(Frozen):
+    """The update rule, its step size, and what weight decay does to which parameters.
+
+    `gamma` is the gain of a norm layer (its `weight` in torch), never a learning-rate factor or a discount.
+    """
+
+    rule: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Update rule, with torch's meaning of weight decay: `sgd` and `adam` add it to the gradient, `adamw` shrinks by lr x weight_decay."""
+    lr: Positive = 0.1
+    """Peak learning rate."""
+    weight_decay: NonNegative = 5.0e-4
+    """Decay strength of weights, per unit of learning rate."""
+    intrinsic_lr: NonNegative | None = None
+    """lr x weight_decay. Give any two of the three, and the third follows."""
+    momentum: Fraction = 0.9
+    """Heavy-ball momentum (sgd)."""
+    nesterov: bool = False
+    """Nesterov's variant of momentum (sgd)."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment (adam, adamw)."""
+    beta2: Fraction = 0.999
+    """Decay of the second moment (adam, adamw)."""
+    eps: Positive = 1.0e-8
+    """Added to the root of the second moment (adam, adamw)."""
+    decay: Literal["coupled", "decoupled"] | None = None
+    """`coupled` adds decay to the gradient, `decoupled` shrinks parameters by lr x weight_decay beside the step. Default: the rule's own."""
+    gamma: GammaPolicy = "none"
+    """Gamma-decay policy: which norm gains decay touches. `none`, `all`, or places joined by `+` out of stem, inner, last, down, final, stream; `@1` pulls a term's gains to 1 instead of 0."""
+    gamma_decay: NonNegative | None = None
+    """Decay strength of the gains that `gamma` names. Default: `weight_decay`."""
+    shift: Literal["exempt", "decayed"] = "exempt"
+    """Whether decay touches norm shifts and biases."""
+    embedding: Literal["decayed", "exempt"] = "decayed"
+    """Whether decay touches embeddings, tokens and position tables."""
+    clip: Positive | None = None
+    """Largest global gradient norm; none does not clip."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_give_the_third(cls, given: object) -> object:
+        if not isinstance(given, Mapping):
+            return given
+        return {**given, **resolve_product(given)}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "OptimizerSpec":
+        if self.nesterov and (self.rule != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov needs rule sgd with momentum above 0")
+        return self
+
+    @property
+    def form(self) -> Literal["coupled", "decoupled"]:
+        """How decay enters: as `decay` says, else as the rule does in torch."""
+        return self.decay or ("decoupled" if self.rule == "adamw" else "coupled")
+
+
+def resolve_product(given: Mapping[str, Any]) -> dict[str, Any]:
+    """lr, weight_decay and their product, from any two of them; fields that are not numbers yet are left to pydantic.
+
+    Raises:
+        ValueError: if all three are given and disagree, or the product with a zero factor.
+    """
+    try:
+        lr, decay, product = (None if given.get(key) is None else float(given[key]) for key in ("lr", "weight_decay", "intrinsic_lr"))
+    except (TypeError, ValueError):
+        return {}
+    if product is None:
+        lr = _default("lr") if lr is None else lr
+        decay = _default("weight_decay") if decay is None else decay
+        return {"intrinsic_lr": lr * decay} if math.isfinite(lr * decay) else {}
+    if lr is not None and decay is not None:
+        if abs(lr * decay - product) > PRODUCT_TOLERANCE * max(abs(product), abs(lr * decay)):
+            raise ValueError(
+                f"lr x weight_decay = {lr * decay:g} contradicts intrinsic_lr (got lr {lr:g}, weight_decay {decay:g}, intrinsic_lr {product:g}); give two of the three"
+            )
+        return {}
+    if lr is None and decay is not None:
+        if decay == 0:
+            raise ValueError("intrinsic_lr with weight_decay 0 leaves lr unknown; give lr")
+        return {"lr": product / decay}
+    lr = _default("lr") if lr is None else lr
+    return {"lr": lr, "weight_decay": product / lr} if lr > 0 else {}
+
+
+def _default(field: str) -> float:
+    return float(OptimizerSpec.model_fields[field].default)
+
+
+class ScheduleSpec(Frozen):
+    """The learning rate over a trial's steps, as a multiple of its peak."""
+
+    epochs: PositiveInt = 20
+    """Passes over the training images."""
+    warmup: Fraction = 0.0
+    """Share of all steps in which lr rises linearly from 0 to its peak."""
+    shape: Literal["constant", "cosine", "linear", "step"] = "cosine"
+    """What follows the warmup: no change, half a cosine or a line down to `end`, or drops by `factor` at `milestones`."""
+    end: Fraction = 0.0
+    """Last lr over the peak (cosine, linear)."""
+    milestones: tuple[Fraction, ...] = (0.5, 0.75)
+    """Shares of all steps at which lr drops (step)."""
+    factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
+    """What lr is multiplied by at each milestone (step)."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ScheduleSpec":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must rise (got {list(self.milestones)})")
+        return self
+
+
+class TraceSpec(Frozen):
+    """How often the effective learning rates are sampled."""
+
+    every: PositiveInt = 20
+    """Optimizer steps between samples."""
+
+
+class TrialSpec(Frozen):
+    """One complete trial: everything that decides what is trained."""
+
+    seed: Seed = 0
+    """Draws initial weights, order of images, augmentation and dropout."""
+    data: DataSpec = Field(default_factory=DataSpec)
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+    trace: TraceSpec = Field(default_factory=TraceSpec)
+    loss: Annotated[str, _name_or_import("cross_entropy", "mse")] = "cross_entropy"
+    """`cross_entropy`, `mse` (on one-hot labels), or `import:package.module:function` of (logits, labels)."""
+    metrics: tuple[Annotated[str, AfterValidator(_import_path)], ...] = ()
+    """More metrics of the validation set: `import:package.module:function` of (logits, labels), reported as `val/<function>`."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """Arithmetic of a step; `bf16` is automatic mixed precision."""
+    probes: tuple[Literal["branch_ratio", "class_error"], ...] = ()
+    """What else to measure at the end, as `final/<probe>/...`: branch over shortcut variance of each residual sum; error of each class."""
+
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that every measurement of this trial holds, beside those of its layers."""
+        own = tuple(f"val/{path.rpartition(':')[2]}" for path in self.metrics)
+        return ("train/loss", "train/error", "val/loss", "val/error", "lr", "weight_decay", "intrinsic_lr", *own)
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as plain values, defaults filled in, without what follows from the rest."""
+        return self.model_dump(mode="json", exclude={"optimizer": {"intrinsic_lr"}})
+
+    def dotted(self) -> dict[str, Any]:
+        """Every field by dotted path: `{"optimizer.lr": 0.1, ...}`."""
+        return flatten(self.model_dump(mode="json"))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one of dotted paths; lists and empty mappings are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+    return flat
