@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import median
 from typing import Any, Literal
 
 Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded"]
@@ -46,8 +47,8 @@ class LayerSample:
     """|w| before the step."""
     grad_norm: float
     """|g| at the step, decay not included."""
-    effective_lr: float
-    """lr/|w|^2 for sgd, lr/|w| for normalized rules."""
+    effective_lr: float | None
+    """lr/|w|^2 for sgd, lr/|w| for normalized rules, None for rules that are not known."""
     rotation: float
     """Angle between the weights before and after the step."""
     rotation_expected: float | None
@@ -105,3 +106,20 @@ class TrialRecord:
 def finite(values: Mapping[str, float]) -> dict[str, float]:
     """Only the values that are numbers: MLflow shows inf and NaN as if they were results."""
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def layer_medians(samples: Sequence[LayerSample]) -> dict[str, float]:
+    """Medians over the layers at the latest sampled step: over scale-invariant weights, or over all when there are none.
+
+    `rotation_ratio/median` is measured over expected rotation, where an expectation exists.
+    """
+    if not samples:
+        return {}
+    latest = [sample for sample in samples if sample.step == samples[-1].step]
+    rows = [sample for sample in latest if sample.scale_invariant] or latest
+    columns = {
+        "effective_lr/median": [row.effective_lr for row in rows if row.effective_lr is not None],
+        "rotation/median": [row.rotation for row in rows],
+        "rotation_ratio/median": [row.rotation / row.rotation_expected for row in rows if row.rotation_expected],
+    }
+    return finite({name: median(column) for name, column in columns.items() if column})

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Scalar: TypeAlias = None | bool | int | float | str
+Scalar: TypeAlias = bool | int | float | str | None
 Assignment: TypeAlias = dict[str, Any]
 """One value per active axis, by dotted path."""
 
@@ -29,7 +29,13 @@ def not_a_boolean(value: object) -> object:
     return value
 
 
-Number: TypeAlias = Annotated[int | float, BeforeValidator(not_a_boolean), Field(allow_inf_nan=False)]
+def _number(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
+Number: TypeAlias = Annotated[int | float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Axis(Frozen):

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from study.space import Frozen, not_a_boolean
 
@@ -46,13 +46,13 @@ def gamma_terms(policy: str) -> dict[str, float]:
     for term in policy.split("+"):
         place, at, anchor = term.strip().partition("@")
         if at and anchor != "1":
-            raise ValueError(f"{policy!r}: an anchor is written '@1' (got '@{anchor}')")
+            raise ValueError(f"an anchor is written '@1' (got {policy!r})")
         if place == "none" or (place == "all" and "+" in policy):
-            raise ValueError(f"{policy!r}: '{place}' stands alone, it cannot be joined by '+'")
+            raise ValueError(f"{place!r} stands alone, it cannot be joined by '+' (got {policy!r})")
         if place not in (*PLACES, "all"):
-            raise ValueError(f"{policy!r}: {place!r} is not a place; use none, all, or places out of {', '.join(PLACES)}")
+            raise ValueError(f"{place!r} is not a place of gains (got {policy!r}); use none, all, or places joined by + out of {', '.join(PLACES)}")
         if place in terms:
-            raise ValueError(f"{policy!r}: {place!r} is named twice")
+            raise ValueError(f"{place!r} is named twice (got {policy!r})")
         terms[place] = 1.0 if at else 0.0
     if "all" in terms:
         return dict.fromkeys(PLACES, terms["all"])
@@ -88,7 +88,7 @@ def _name_or_import(*names: str) -> AfterValidator:
 
 def _text(value: object) -> object:
     if value is None or isinstance(value, bool):
-        raise ValueError(f"must be text; quote it (got {value})")
+        raise ValueError("must be text; quote it")
     return value
 
 
@@ -96,7 +96,8 @@ Real: TypeAlias = Annotated[float, BeforeValidator(not_a_boolean), Field(allow_i
 Fraction: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
 Positive: TypeAlias = Annotated[Real, Field(gt=0)]
 NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**32)]
+Count: TypeAlias = Annotated[int, BeforeValidator(not_a_boolean), Field(gt=0)]
+Seed: TypeAlias = Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0, lt=2**32)]
 GammaPolicy: TypeAlias = Annotated[str, BeforeValidator(_text), AfterValidator(canonical_gamma)]
 Args: TypeAlias = dict[str, JsonValue]
 
@@ -110,11 +111,11 @@ class DataSpec(Frozen):
     """For `npz`: the file, with arrays `images` (N, channels, height, width) or (N, features), and `labels` (N,) of integers."""
     args: Args = Field(default_factory=dict)
     """Keyword arguments of the imported function."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Images in one optimizer step; the rest of an epoch smaller than this is dropped."""
     label_noise: Fraction = 0.0
     """Share of training labels replaced by another class, drawn from `seed`."""
-    train_size: PositiveInt | None = None
+    train_size: Count | None = None
     """How many training images to keep after the split; none keeps all."""
     validation: Fraction = 0.2
     """Share of images that the search is scored on. Ignored where the imported function brings its own validation set."""
@@ -124,7 +125,7 @@ class DataSpec(Frozen):
     """Draws split, subset and label noise."""
     augment: Literal["none", "shift", "flip"] = "none"
     """What happens to training images: nothing, a shift by up to one eighth of the width, or a left-right flip."""
-    pool: PositiveInt = 1
+    pool: Count = 1
     """Average-pools images by this factor on both axes: 2 makes 28x28 into 14x14."""
 
     @model_validator(mode="after")
@@ -147,19 +148,19 @@ class ModelSpec(Frozen):
     """`mlp`, `resnet` (CIFAR-style stem), `transformer` (a small ViT), or `import:package.module:function`."""
     norm: Literal["batch", "layer", "group", "rms", "weight", "none"] = "batch"
     """What normalizes the layers. Default: `batch`; `layer` for the transformer."""
-    width: PositiveInt = 16
+    width: Count = 16
     """Hidden units (mlp), channels of the first stage (resnet), embedding size (transformer)."""
-    depth: PositiveInt = 2
+    depth: Count = 2
     """Hidden layers (mlp) or blocks (transformer)."""
-    blocks: tuple[PositiveInt, ...] = Field(default=(2, 2), min_length=1)
+    blocks: tuple[Count, ...] = Field(default=(2, 2), min_length=1)
     """Residual blocks of each stage (resnet); each stage after the first doubles the channels and halves the image."""
     block: Literal["basic", "bottleneck"] = "basic"
     """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels at its end (resnet)."""
     order: Literal["post", "pre"] = "post"
     """Norms after the weights, as in ResNet v1 and BERT, or before them, as in ResNet v2 and GPT-2."""
-    heads: PositiveInt = 4
+    heads: Count = 4
     """Attention heads (transformer)."""
-    patch: PositiveInt = 2
+    patch: Count = 2
     """Side of an image patch in pixels (transformer)."""
     dropout: Fraction = 0.0
     """Share of hidden activations dropped while training."""
@@ -231,6 +232,17 @@ class OptimizerSpec(Frozen):
             return given
         return {**given, **resolve_product(given)}
 
+    @field_validator("intrinsic_lr")
+    @classmethod
+    def _is_the_product(cls, given: float | None, info: ValidationInfo) -> float | None:
+        if given is None or not {"lr", "weight_decay"} <= info.data.keys():
+            return given
+        lr, decay = info.data["lr"], info.data["weight_decay"]
+        if not _agree(lr * decay, given):
+            got = f"got lr {lr:g}, weight_decay {decay:g}, intrinsic_lr {given:g}"
+            raise ValueError(f"lr x weight_decay = {lr * decay:g} contradicts intrinsic_lr ({got}); give two of the three")
+        return given
+
     @model_validator(mode="after")
     def _is_consistent(self) -> "OptimizerSpec":
         if self.nesterov and (self.rule != "sgd" or self.momentum == 0):
@@ -244,31 +256,34 @@ class OptimizerSpec(Frozen):
 
 
 def resolve_product(given: Mapping[str, Any]) -> dict[str, Any]:
-    """lr, weight_decay and their product, from any two of them; fields that are not numbers yet are left to pydantic.
+    """What follows of lr, weight_decay and their product from the ones that are given; nothing where they contradict or are no numbers.
+
+    The product is always that of the two factors to the last bit, however it came about, so that lr and weight_decay alone restore a spec.
 
     Raises:
-        ValueError: if all three are given and disagree, or the product with a zero factor.
+        ValueError: if intrinsic_lr and weight_decay leave lr unknown.
     """
+    if any(isinstance(given.get(key), bool) for key in ("lr", "weight_decay", "intrinsic_lr")):
+        return {}
     try:
         lr, decay, product = (None if given.get(key) is None else float(given[key]) for key in ("lr", "weight_decay", "intrinsic_lr"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return {}
-    if product is None:
-        lr = _default("lr") if lr is None else lr
-        decay = _default("weight_decay") if decay is None else decay
-        return {"intrinsic_lr": lr * decay} if math.isfinite(lr * decay) else {}
-    if lr is not None and decay is not None:
-        if abs(lr * decay - product) > PRODUCT_TOLERANCE * max(abs(product), abs(lr * decay)):
-            raise ValueError(
-                f"lr x weight_decay = {lr * decay:g} contradicts intrinsic_lr (got lr {lr:g}, weight_decay {decay:g}, intrinsic_lr {product:g}); give two of the three"
-            )
-        return {}
-    if lr is None and decay is not None:
+    if product is not None and lr is None and decay is not None:
         if decay == 0:
             raise ValueError("intrinsic_lr with weight_decay 0 leaves lr unknown; give lr")
-        return {"lr": product / decay}
+        lr = product / decay
     lr = _default("lr") if lr is None else lr
-    return {"lr": lr, "weight_decay": product / lr} if lr > 0 else {}
+    if decay is None:
+        decay = product / lr if product is not None and lr > 0 else _default("weight_decay")
+    if not math.isfinite(lr * decay) or (product is not None and not _agree(lr * decay, product)):
+        return {}
+    factors = {"lr": lr, "weight_decay": decay}
+    return {**{key: value for key, value in factors.items() if key not in given}, "intrinsic_lr": lr * decay}
+
+
+def _agree(product: float, given: float) -> bool:
+    return abs(product - given) <= PRODUCT_TOLERANCE * max(abs(product), abs(given))
 
 
 def _default(field: str) -> float:
@@ -278,7 +293,7 @@ def _default(field: str) -> float:
 class ScheduleSpec(Frozen):
     """The learning rate over a trial's steps, as a multiple of its peak."""
 
-    epochs: PositiveInt = 20
+    epochs: Count = 20
     """Passes over the training images."""
     warmup: Fraction = 0.0
     """Share of all steps in which lr rises linearly from 0 to its peak."""
@@ -301,7 +316,7 @@ class ScheduleSpec(Frozen):
 class TraceSpec(Frozen):
     """How often the effective learning rates are sampled."""
 
-    every: PositiveInt = 20
+    every: Count = 20
     """Optimizer steps between samples."""
 
 

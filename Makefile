@@ -1,0 +1,46 @@
+# `make` lists the targets. Everything is installed into .venv.
+
+PYTHON ?= python3
+# Installed before the rest, so that a pip whose configuration names an index of CPU builds takes one of those, and not gigabytes for GPUs.
+# To name an index here:  make demo TORCH="torch==2.13.0 --index-url URL"
+TORCH ?= torch==2.13.0
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test check bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.installed ## Search a real problem in minutes: search_spaces/quickstart.yaml, and its best config
+	@$(BIN)/study run search_spaces/quickstart.yaml
+	@$(BIN)/study best quickstart
+	@echo
+	@echo "See every trial in MLflow:  $(BIN)/study ui"
+	@echo "The best config is in       $${STUDY_HOME:-studies}/quickstart/best.yaml"
+
+test: .venv/.installed ## Run the tests
+	@$(BIN)/python -m pytest -q
+
+check: .venv/.installed ## What CI runs: format, lint, types, imports, tests
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache  # a cache does not notice that a module is new
+	@$(BIN)/python -m pytest -q
+
+bench: .venv/.installed ## Measure our overhead, as ratios
+	@$(BIN)/python tests/benchmarks/run.py
+
+clean: ## Remove what make installed and cached; studies stay
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	@echo "Installing into .venv: about 2 GB, a minute or two"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[torch,service,cluster,dev]'
+	@touch $@

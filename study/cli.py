@@ -1,0 +1,347 @@
+"""The command line: every command reads a spec or a study, asks one function of this package, and prints its answer.
+
+study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
+study plan SPEC ─> decay audit       study status, best, export NAME ─> what was found
+
+answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
+exit codes: 0 fine, 1 no usable result, 2 wrong input, 130 interrupted
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+try:
+    import typer
+    from rich.console import RenderableType
+except ModuleNotFoundError:
+    sys.exit("study: the command line is not installed; pip install 'effective-lr-study[service]'")
+
+from study import display, errors
+from study.home import StudyFolder, home_path, tracking_uri_for
+from study.results.best import BestConfig, document, export
+from study.space import arm_label
+from study.spec import PRODUCT, StudySpec, load_spec
+from study.tracking.names import masked
+from study.tuning.status import status as status_of
+
+app = typer.Typer(
+    name="study",
+    help="Searches learning rate, decay strength and gamma-decay policy, and measures the effective learning rates behind the answer.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+WrongUsage: Any = typer.BadParameter.__mro__[2]
+"""What typer raises for a command line that it cannot read; it has no public name of its own."""
+
+READY_WITHIN = 120.0
+"""Seconds that the MLflow server may take to start."""
+
+SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML or JSON file.", show_default=False)]
+Name: TypeAlias = Annotated[str, typer.Argument(metavar="NAME", help="A study in the home.", show_default=False)]
+Best: TypeAlias = Annotated[
+    str, typer.Argument(metavar="NAME", help="A study in the home, a best.yaml, or the id of an MLflow run.", show_default=False)
+]
+Sets: TypeAlias = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Replace a field or a section of the spec; the value is YAML. Repeatable.")
+]
+Home: TypeAlias = Annotated[Path | None, typer.Option("--home", metavar="DIR", help="Folder of all studies. Default: $STUDY_HOME, else ./studies.")]
+TrackingUri: TypeAlias = Annotated[
+    str | None, typer.Option("--tracking-uri", metavar="URI", help="MLflow store. Default: $MLFLOW_TRACKING_URI, else SQLite in the home.")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug, as_json = "--debug" in given, "--json" in given
+    try:
+        code = app([word for word in given if word != "--debug"] or ["--help"], prog_name="study", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, as_json, given)
+
+
+def _report(error: Exception, as_json: bool, given: Sequence[str]) -> int:
+    """Prints what went wrong, one line for each problem, and returns the exit code that goes with it."""
+    code, problems = _diagnosis(error, [word for word in given if word != "--debug"])
+    if as_json:
+        _answer(True, {"errors": [asdict(problem) for problem in problems]})
+    else:
+        for problem in problems:
+            print(problem, file=sys.stderr)
+    return code
+
+
+def _diagnosis(error: Exception, given: Sequence[str]) -> tuple[int, Sequence[errors.Problem]]:
+    match error:
+        case errors.Interrupted():
+            resume = errors.Interrupted(
+                error.problems[0].message, where=error.problems[0].where, remedy=f"go on with: {shlex.join(['study', *given])}"
+            )
+            return error.exit_code, resume.problems
+        case errors.StudyError():
+            return error.exit_code, error.problems
+        case _ if isinstance(error, WrongUsage):
+            return 2, [errors.Problem("usage", error.format_message().rstrip("."), "study", f"see {_help_of(given)}")]
+        case ImportError():
+            message, _, remedy = str(error).partition(": ") if "extra: pip" in str(error) else (f"a library is missing ({error})", "", "")
+            return 2, [
+                errors.Problem("missing-library", message, remedy=remedy or "pip install 'effective-lr-study[service]'; `study doctor` checks it")
+            ]
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    return 1, [errors.Problem("bug", f"this is a bug in study ({said})", remedy="run it again with --debug, and report what that shows")]
+
+
+def _help_of(given: Sequence[str]) -> str:
+    known = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    return f"study {given[0]} --help" if given and given[0] in known else "study --help"
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may also follow the command.")] = False) -> None:
+    del debug  # main() reads it wherever it stands; this puts it into the help
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, with the documentation of every field."""
+    _answer(True, {"$schema": "https://json-schema.org/draft/2020-12/schema", **StudySpec.model_json_schema()})
+
+
+@app.command()
+def validate(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False) -> None:
+    """Check a spec: prints `ok` and a summary, or every error at once."""
+    spec = load_spec(spec_file, overrides or ())
+    search = spec.search
+    summary = {
+        "ok": True,
+        "name": spec.name,
+        "trials": search.trials,
+        "arms": [arm_label(arm) for arm in spec.arms],
+        "axes": list(spec.space),
+        "sampler": search.sampler,
+        "epochs": None if "schedule.epochs" in spec.space else spec.trial.schedule.epochs,
+    }
+    _answer(as_json, summary, "ok", display.summary_line(summary))
+
+
+@app.command()
+def plan(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False) -> None:
+    """Dry run: trials, arms, steps, and what decay does to each parameter."""
+    spec = load_spec(spec_file, overrides or ())
+    with _prints_on_stderr():
+        from study.tuning.preflight import audit
+
+        audited = audit(spec).document()
+    _answer(as_json, audited, display.plan_view(audited, spec.trial.optimizer))
+
+
+@app.command()
+def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
+    spec = load_spec(spec_file, overrides or ())
+    out = display.console(stderr=as_json)
+    out.print(display.engine_line(spec), soft_wrap=True)
+    watcher = display.Watcher(out, live=not as_json)
+    with _prints_on_stderr(as_json):
+        from study.tuning import driver
+
+        result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher)
+    folder = StudyFolder.find(home_path(home), spec.name)
+    found = status_of(folder)
+    if not watcher.watched:
+        out.print("this study had already finished: nothing was run")
+    out.print(display.arms_table(found))
+    if result.best is None:
+        raise errors.NoResult(display.why_nothing(found), where=spec.name, remedy=display.what_then(found, folder))
+    config = document(result.best)
+    _answer(as_json, config, display.best_view(config, _varied(result.best, spec)), display.where_to_look(found, folder, home, tracking_uri))
+
+
+@app.command("list")
+def list_studies(home: Home = None, as_json: Json = False) -> None:
+    """List the studies of a home."""
+    base, found = home_path(home), []
+    for folder in StudyFolder.all(base):
+        try:
+            found.append(status_of(folder))
+        except errors.StudyError as error:
+            print(f"{folder.path} is left out: {error}", file=sys.stderr)
+    _answer(as_json, found, display.studies_table(found) if found else f"no studies in {base}; start one with: study run SPEC")
+
+
+@app.command()
+def status(name: Name, home: Home = None, as_json: Json = False) -> None:
+    """Show where a study stands, whether or not it runs."""
+    found = status_of(StudyFolder.find(home_path(home), name))
+    _answer(as_json, found, display.study_view(found))
+
+
+@app.command()
+def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Show the best config of a study, and how to use it."""
+    config, folder = _load_best(name, home, tracking_uri), StudyFolder(home_path(home) / name)
+    varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
+    source = str(folder.best if folder.best.exists() else name)
+    _answer(as_json, document(config), display.best_view(document(config), varied), display.how_to_use(source))
+
+
+@app.command("export")
+def export_best(
+    name: Best,
+    to: Annotated[Literal["yaml", "json"], typer.Option("--to", help="In whose terms.")] = "yaml",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")] = None,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Print the best config of a study for another project."""
+    text = export(_load_best(name, home, tracking_uri), to)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise errors.HomeError(f"cannot be written ({error.strerror})", where=str(output), remedy="choose another with -o") from None
+    print(f"written to {output}", file=sys.stderr)
+
+
+def _load_best(name: str, home: Path | None, tracking_uri: str | None) -> BestConfig:
+    """The best config of a study in the home, of a file, or of an MLflow run."""
+    from study import load_best
+
+    return load_best(name, home=home, tracking_uri=None if (home_path(home) / name).is_dir() else tracking_uri)
+
+
+def _varied(config: BestConfig, spec: StudySpec | None) -> dict[str, object]:
+    """The fields that the study varied, and those that follow from them; without a spec, the optimizer's."""
+    fields = config.trial.dotted()
+    if spec is None:
+        return {path: value for path, value in fields.items() if path.startswith("optimizer.") and value is not None}
+    product = PRODUCT if set(PRODUCT) & set(spec.space) else ()
+    return {path: fields.get(path) for path in dict.fromkeys((*spec.space, *product))}
+
+
+@app.command()
+def ui(
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; anything but loopback shows your results to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+) -> None:
+    """Open the MLflow UI on a study home. Ctrl-C ends it."""
+    from study.tracking.store import sqlite_path
+
+    uri = tracking_uri_for(home_path(home), tracking_uri)
+    if uri.startswith(("http://", "https://")):
+        print(f"this MLflow store has a UI of its own: {masked(uri)}")
+        return
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
+        raise errors.NotFound("nothing was recorded here yet", where=str(path), remedy="run a study first, or name another home with --home")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise errors.InputError(f"cannot listen on {host}:{port} ({error.strerror})", remedy="choose another with --port") from None
+    _serve(uri, host, port)
+
+
+def _serve(uri: str, host: str, port: int) -> None:
+    """Runs the MLflow server until Ctrl-C, and takes its processes along when this one is told to end."""
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.default_int_handler)
+    # In the environment the URI, which may hold a password, is hidden from other users' process lists.
+    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
+        try:
+            print("starting the MLflow UI ...", file=sys.stderr)
+            if _ready(server, f"http://{host}:{port}"):
+                print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+                server.wait()
+            log.seek(0)
+            raise errors.TrackingUnavailable("the MLflow server ended by itself", remedy=f"its last words:\n{masked(log.read()[-2000:])}")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            _end(server)
+
+
+def _ready(server: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Waits until the server answers; False if it ended before."""
+    for _ in range(int(READY_WITHIN / 0.3)):
+        try:
+            server.wait(timeout=0.3)
+            return False
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@app.command()
+def doctor(home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Check the installation, the store, the cluster and the GPU, and say what to do."""
+    from study.doctor import examine
+
+    base = home_path(home)
+    with _prints_on_stderr():
+        checks = [asdict(check) for check in examine(base, tracking_uri_for(base, tracking_uri))]
+    failed = any(check["state"] == "fail" for check in checks)
+    _answer(as_json, {"ok": not failed, "checks": checks}, display.checks_view(checks))
+    raise typer.Exit(int(failed))
+
+
+def _answer(as_json: bool, document: object, *views: RenderableType) -> None:
+    """Prints the answer of a command on stdout: its document, or what shows it in a terminal."""
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    out = display.console()
+    for view in views:
+        out.print(view, soft_wrap=isinstance(view, str))
+
+
+@contextmanager
+def _prints_on_stderr(wanted: bool = True) -> Iterator[None]:
+    """Keeps what libraries and the user's own code print out of an answer on stdout."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,156 @@
+"""The study home: one folder for each study, and what lies in it.
+
+    studies/
+    ├── mlflow.db, artifacts/       the MLflow store, unless a tracking URI names another
+    └── gamma-roles/
+        ├── study.json              identity and state
+        ├── spec.yaml               the spec with every default filled in
+        ├── journal.log             Optuna's journal: what was proposed, and how it ended
+        ├── outbox.sqlite           the ledger: what was measured, and what MLflow has heard of it
+        ├── trials/                 snapshots of running trials, traces and weights of ended ones
+        ├── trials.parquet          the table of trials
+        └── best.yaml               the best config
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from study.errors import HomeError, NameTaken, NotFound
+from study.spec import StudySpec, load_spec
+
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+def home_path(home: str | Path | None = None) -> Path:
+    """The study home: the argument, else `$STUDY_HOME`, else `./studies`."""
+    return Path(home or os.environ.get("STUDY_HOME") or "studies")
+
+
+def tracking_uri_for(home: Path, tracking_uri: str | None = None) -> str:
+    """The MLflow store: the argument, else `$MLFLOW_TRACKING_URI`, else SQLite in the home."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a study is, and how its last start ended."""
+
+    study_id: str
+    name: str
+    spec_hash: str
+    state: State
+    created: str
+    run_id: str = ""
+    """The MLflow run of the study."""
+    tracking_uri: str = ""
+    """The MLflow store, without credentials."""
+
+
+class StudyFolder:
+    """One study's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec, self.journal, self.best, self.table = (path / name for name in ("spec.yaml", "journal.log", "best.yaml", "trials.parquet"))
+
+    @classmethod
+    def find(cls, home: Path, name: str) -> "StudyFolder":
+        """The folder of a study that exists.
+
+        Raises:
+            NotFound: if the home has no study of that name.
+        """
+        folder = cls(home / name)
+        if name not in {found.path.name for found in cls.all(home)}:
+            known = ", ".join(found.path.name for found in cls.all(home)) or "none"
+            raise NotFound(f"no study of this name (got {name!r})", where=str(home), remedy=f"studies here: {known}")
+        return folder
+
+    @classmethod
+    def all(cls, home: Path) -> list["StudyFolder"]:
+        """Every study of a home, by name."""
+        return [cls(card.parent) for card in sorted(home.glob("*/study.json"))]
+
+    @classmethod
+    def prepare(cls, home: Path, spec: StudySpec) -> "StudyFolder":
+        """The folder of a spec, made on its first start.
+
+        Raises:
+            HomeError: if the home cannot be written.
+            NameTaken: if the name belongs to a study that varies or trains something else.
+        """
+        folder = cls(home / spec.name)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not folder._card.exists():
+                identity = f"{spec.name}-{secrets.token_hex(4)}"
+                folder._write(Card(identity, spec.name, spec.spec_hash(), "interrupted", datetime.now(UTC).isoformat(timespec="seconds")))
+            (folder.path / "trials").mkdir(exist_ok=True)
+        except OSError as error:
+            raise HomeError(f"the study home cannot be written ({error.strerror})", where=str(home), remedy="choose another with --home or $STUDY_HOME") from None
+        if folder.card().spec_hash != spec.spec_hash():
+            raise NameTaken(
+                f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping (got {spec.name!r})",
+                where=str(folder.path),
+                remedy="give the changed study another name, or delete the folder of the old one",
+            )
+        folder.spec.write_text(spec.to_yaml())
+        return folder
+
+    @property
+    def _card(self) -> Path:
+        return self.path / "study.json"
+
+    def card(self) -> Card:
+        """Identity and state; a study that nobody runs any more counts as interrupted."""
+        card = Card(**json.loads(self._card.read_text()))
+        return replace(card, state="interrupted") if card.state == "running" and not self.is_running() else card
+
+    def update(self, **changes: str) -> None:
+        """Writes changed fields of the card, whole or not at all."""
+        self._write(replace(Card(**json.loads(self._card.read_text())), **changes))  # type: ignore[arg-type]
+
+    def _write(self, card: Card) -> None:
+        draft = self._card.with_suffix(".tmp")
+        draft.write_text(json.dumps(asdict(card), indent=2) + "\n")
+        draft.replace(self._card)
+
+    def load_spec(self) -> StudySpec:
+        """The spec of the latest start."""
+        return load_spec(self.spec)
+
+    def is_running(self) -> bool:
+        """Whether a process runs this study now."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self._lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Holds the study: a second process is refused, and the lock goes with this one, however it ends.
+
+        Raises:
+            HomeError: if another process runs the study.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self._lock, timeout=0):
+                yield
+        except Timeout:
+            raise HomeError("another process runs this study", where=str(self.path), remedy="wait for it, or stop it with Ctrl-C") from None
+
+    @property
+    def _lock(self) -> str:
+        return str(self.path / "lock")

@@ -1,0 +1,213 @@
+"""Best: the trial that a study recommends, with its provenance, as a file that other projects load.
+
+records ─choose_best─> TrialRecord ──> BestConfig ─save─> best.yaml ─read_best─> BestConfig.optimizer, .schedule, .model, .data
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt, field_serializer, model_validator
+
+from study.errors import HomeError, NotFound, Problem, SpecError
+from study.home import home_path
+from study.measurement import Outcome, TrialRecord
+from study.space import Frozen
+from study.spec import ObjectiveSpec, StudyName, read_document, to_yaml, validated
+from study.trial import DataSpec, ModelSpec, OptimizerSpec, Real, ScheduleSpec, TrialSpec
+
+MARKS = ("study_id", "trial_id", "trial")
+"""Keys by which a best.yaml is told from other YAML files."""
+
+_USE = """\
+# The best trial of the study {name}. In Python:
+#   best = study.load_best("best.yaml")
+#   optimizer = study.build_optimizer(model, best.optimizer)
+#   scheduler = study.build_scheduler(optimizer, best.schedule, total_steps=10_000)
+"""
+
+
+def _iso(value: str) -> str:
+    datetime.fromisoformat(value)
+    return value
+
+
+class ObjectiveResult(Frozen):
+    """What the trial was ranked by, and how well it did."""
+
+    metric: str
+    """The metric that trials were ranked by."""
+    direction: Literal["minimize", "maximize"]
+    """Which end is better."""
+    at: Literal["final", "best"]
+    """Which measurement counted: the last one or the best one."""
+    value: Real
+    """The trial's own value, the winner's of many and so a little too good."""
+    seeds: PositiveInt = 1
+    """How many seeds `mean` is over; 1 until the trial is confirmed with fresh ones."""
+    mean: Real | None = None
+    """Mean over the fresh seeds; null until confirmed."""
+    interval: tuple[Real, Real] | None = None
+    """95% confidence interval of `mean`; null until confirmed."""
+
+    @model_validator(mode="after")
+    def _is_confirmed_or_not(self) -> "ObjectiveResult":
+        if (self.mean is None) != (self.interval is None):
+            raise ValueError("mean and interval are both given when the trial is confirmed, and both null before")
+        return self
+
+
+class BestConfig(Frozen):
+    """One whole trial, also what was not searched, and where it comes from."""
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    study_id: str
+    """The study that found it."""
+    name: StudyName
+    """The study's name."""
+    trial_id: str
+    """The trial within the study."""
+    run_id: str
+    """The trial's MLflow run; empty where there is none."""
+    arm: str
+    """The scientific values that the trial stands for; `all` where none were compared."""
+    objective: ObjectiveResult
+    spec_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the part of the study's spec that decides what its trials are."""
+    git_commit: str
+    """The commit that ran the study; empty outside a repository."""
+    versions: dict[str, str]
+    """Library versions that the study ran with."""
+    date: Annotated[str, AfterValidator(_iso)]
+    """When the study ended, in ISO 8601."""
+    trial: TrialSpec
+    """The whole trial. lr and weight_decay are stored; their product follows."""
+
+    @field_serializer("trial")
+    def _canonical(self, trial: TrialSpec) -> dict[str, Any]:
+        return trial.canonical()
+
+    @property
+    def optimizer(self) -> OptimizerSpec:
+        """Update rule, lr and decay, for `study.build_optimizer` and `study.param_groups`."""
+        return self.trial.optimizer
+
+    @property
+    def schedule(self) -> ScheduleSpec:
+        """The learning rate over the steps, for `study.build_scheduler`."""
+        return self.trial.schedule
+
+    @property
+    def model(self) -> ModelSpec:
+        """The network that the values were found for."""
+        return self.trial.model
+
+    @property
+    def data(self) -> DataSpec:
+        """The images that the values were found on."""
+        return self.trial.data
+
+    def to_yaml(self) -> str:
+        """The file's text: how to use it, then every field."""
+        return _USE.format(name=self.name) + to_yaml(self.model_dump(mode="json"))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all.
+
+        Raises:
+            HomeError: if it cannot be written.
+        """
+        path = Path(path)
+        draft = path.with_name(f"{path.name}.tmp")
+        try:
+            draft.write_text(self.to_yaml(), encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            raise HomeError(f"cannot be written ({error.strerror})", where=str(path), remedy="choose a folder that you may write to") from None
+
+
+def choose_best(records: Sequence[TrialRecord], objective: ObjectiveSpec) -> TrialRecord | None:
+    """The best completed trial with a finite value, the earlier one of equals; replicates do not compete. None without any."""
+
+    def place(record: TrialRecord) -> tuple[float, int, str]:
+        assert record.value is not None, f"{record.trial_id} competes without a value"
+        # Trial numbers are padded to four digits and grow beyond them, so the shorter name is the earlier one.
+        return objective.rank(record.value), len(record.trial_id), record.trial_id
+
+    rivals = (record for record in records if record.outcome is Outcome.COMPLETED and not record.replicate_of)
+    return min((record for record in rivals if record.value is not None and math.isfinite(record.value)), key=place, default=None)
+
+
+def read_best(path: str | Path) -> BestConfig:
+    """Reads a best.yaml, or its JSON form; nothing in it is executed.
+
+    Raises:
+        NotFound: if there is no such file.
+        SpecError: if it is something else, or was damaged, with every problem and its line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFound("no such file", where=str(path), remedy="a study writes best.yaml into its folder when it ends")
+    tree, lines = read_document(path)
+    absent = [key for key in MARKS if not isinstance(tree, dict) or key not in tree]
+    if absent:
+        message = f"is not a best.yaml (it has no {', '.join(absent)})"
+        raise SpecError([Problem("not-a-best", message, str(path), "use the best.yaml in a study's folder, or `study export NAME --to yaml`")])
+    return validated(BestConfig, tree, str(path), lines)
+
+
+def load_best(source: str | Path, home: str | Path | None = None) -> BestConfig:
+    """The best config of a file or of a study in the home.
+
+    Args:
+        source: A file, or the name of a study.
+        home: The study home. Default: `$STUDY_HOME`, else `./studies`.
+
+    Raises:
+        NotFound: if there is neither.
+        SpecError: if the file is not a best.yaml.
+    """
+    if is_file(source):
+        return read_best(source)
+    folder = home_path(home) / str(source)
+    if (folder / "best.yaml").exists():
+        return read_best(folder / "best.yaml")
+    if folder.exists():
+        raise NotFound("this study has no best config yet", where=str(folder), remedy="finish it with `study run`")
+    remedy = "give a best.yaml, or name the study home with home= or $STUDY_HOME"
+    raise NotFound(f"no such file, and no study of this name (got {str(source)!r})", where=str(home_path(home)), remedy=remedy)
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether `source` means a file rather than a study or a run: a Path, a file that exists, or anything that no study can be named."""
+    return isinstance(source, Path) or re.fullmatch(r"[a-z0-9-]+", source) is None or Path(source).is_file()
+
+
+def export(best: BestConfig, to: Literal["yaml", "json"]) -> str:
+    """The whole best config as text that `read_best` reads."""
+    if to == "yaml":
+        return best.to_yaml()
+    return json.dumps(best.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def document(best: BestConfig) -> dict[str, Any]:
+    """What `study best --json` prints."""
+    objective = best.objective
+    confirmed = None if objective.interval is None else {"mean": objective.mean, "interval": list(objective.interval), "seeds": objective.seeds}
+    return {
+        "study_id": best.study_id,
+        "name": best.name,
+        "trial_id": best.trial_id,
+        "run_id": best.run_id,
+        "arm": best.arm,
+        "value": objective.value,
+        "metric": objective.metric,
+        "direction": objective.direction,
+        "spec": best.trial.canonical(),
+        "confirmed": confirmed,
+    }

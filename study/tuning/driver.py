@@ -1,0 +1,328 @@
+"""Driver: runs a study from its spec to its best config.
+
+    spec ─ folder ─ preflight ─ MLflow ─┬─ Tune: searcher ─> trials ─> ledger ─> recorder ─┬─ table, best.yaml ─> StudyResult
+                                        └─ Ctrl-C, budget: trials end as what they are ────┘
+"""
+
+import json
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.errors import Interrupted
+from study.home import StudyFolder, home_path, tracking_uri_for
+from study.measurement import Ending, Outcome, TrialRecord
+from study.results.best import BestConfig, ObjectiveResult, choose_best
+from study.spec import ObjectiveSpec, StudySpec
+from study.tracking.outbox import Outbox
+from study.tracking.recorder import Recorder, git_commit
+from study.trial import TrialSpec, flatten
+from study.tuning.preflight import audit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from study.tuning.search import Proposal, Search
+    from study.tuning.stopping import History
+
+PACKAGES = ("effective-lr-study", "torch", "ray", "optuna", "mlflow", "pydantic", "numpy")
+"""Whose versions are remembered with a study."""
+
+Watch = Callable[[StudyFolder], AbstractContextManager[None]]
+"""Shows the progress of a study while it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """What a study found."""
+
+    study_id: str
+    best: BestConfig | None
+    """The best completed trial; None when no trial completed."""
+    trials: "pd.DataFrame"
+    """One row for each trial: its fields by dotted path, its outcome, its value and its final metrics."""
+
+
+def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | None = None, watch: Watch | None = None) -> StudyResult:
+    """Runs a study here, or on the cluster that `RAY_ADDRESS` names; continues it where an earlier start stopped.
+
+    Args:
+        spec: The study.
+        home: Folder of all studies. Default: `$STUDY_HOME`, else `./studies`.
+        tracking_uri: MLflow store. Default: `$MLFLOW_TRACKING_URI`, else SQLite in the home.
+        watch: Shows progress while the study runs.
+
+    Raises:
+        InputError: if something cannot work; no trial has been started then.
+        Interrupted: after Ctrl-C; the same call continues the study.
+    """
+    base = home_path(home)
+    folder = StudyFolder.prepare(base, spec)
+    with folder.running():
+        if folder.card().state == "finished" and folder.best.exists() and len(Outbox(folder.path).records()) >= spec.search.trials:
+            return _read(folder)
+        audit(spec)
+        recorder = Recorder(folder.path, tracking_uri_for(base, tracking_uri), spec, folder.card().study_id, engine="solo")
+        folder.update(run_id=recorder.open(), state="running")
+        recorder.start()
+        try:
+            with _interruptible() as interrupt, (watch or _unwatched)(folder):
+                _search(spec, folder, interrupt)
+        finally:
+            recorder.close()
+        if interrupt.is_set():
+            return _interrupted(spec, folder, recorder)
+        return _conclude(spec, folder, recorder)
+
+
+def _unwatched(folder: StudyFolder) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _search(spec: StudySpec, folder: StudyFolder, interrupt: threading.Event) -> None:
+    """Runs every trial that is left, and settles the ones that the end of the search cut short."""
+    from study.tuning.callbacks import settle
+    from study.tuning.search import Search
+
+    outbox, search = Outbox(folder.path), Search(spec, folder.journal)
+    for trial_id, (ending, value) in search.told().items():
+        if trial_id in outbox.orphans():
+            settle(outbox, folder.path, trial_id, ending, value)
+    left = [(proposal, _history(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
+    tune_study(spec, folder.path, search, outbox, left, interrupt)
+    cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
+    for proposal in search.running():
+        history = [objective for _, objective in _history(outbox, proposal.trial_id, spec.objective)]
+        value = spec.objective.value(history) if history else None
+        if not interrupt.is_set():
+            outbox.start(proposal.trial_id, arm=proposal.arm, trial=proposal.trial.canonical())
+            search.tell(proposal.trial_id, cut_short, value)
+        settle(outbox, folder.path, proposal.trial_id, cut_short, value)
+
+
+def _history(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "History":
+    return [(seen.epoch, seen.values[objective.metric]) for seen in outbox.history(trial_id) if objective.metric in seen.values]
+
+
+def tune_study(
+    spec: StudySpec, folder: Path, search: "Search", outbox: Outbox, left: list[tuple["Proposal", "History"]], interrupt: threading.Event
+) -> None:
+    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set."""
+    _quiet_hosts()
+    import ray
+    from ray import tune
+
+    from study.tuning.callbacks import LedgerCallback
+    from study.tuning.search import JournalSearcher
+    from study.tuning.stopping import stopping
+    from study.tuning.trainables import SoloTrainable
+
+    resources = spec.resources
+    settings = {
+        "folder": str(folder.resolve()),
+        "objective": spec.objective.model_dump_json(),
+        "device": "cuda" if resources.gpus_per_trial else "cpu",
+        "keep_weights": spec.keep.weights,
+    }
+    going_on = {proposal.trial_id for proposal, _ in left}
+    ended = [(record.arm, _history(outbox, record.trial_id, spec.objective)) for record in outbox.records() if record.trial_id not in going_on]
+    resumed = {proposal.trial_id: history for proposal, history in left}
+    with _ray(ray):
+        tune.run(
+            SoloTrainable,
+            name="ray",
+            storage_path=str(folder.resolve()),
+            search_alg=JournalSearcher(search, settings, left),
+            scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
+            stop=_stopper(spec, interrupt),
+            callbacks=[LedgerCallback(outbox, folder)],
+            num_samples=spec.search.trials + len(left),
+            resources_per_trial={"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+            reuse_actors=True,
+            max_failures=2,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+def _longest(spec: StudySpec) -> int:
+    axis = spec.space.get("schedule.epochs")
+    return spec.trial.schedule.epochs if axis is None else int(max(value for value in axis.endpoints() if isinstance(value, int | float)))
+
+
+def _stopper(spec: StudySpec, interrupt: threading.Event) -> Any:
+    from ray.tune import Stopper
+
+    class StudyStopper(Stopper):
+        """Ends the whole study at Ctrl-C and when its budget is spent."""
+
+        def __init__(self) -> None:
+            self.deadline = time.monotonic() + spec.budget.wall if spec.budget.wall else float("inf")
+            self.gpu_seconds = 0.0
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            self.gpu_seconds += result.get("time_this_iter_s", 0.0) * spec.resources.gpus_per_trial
+            return False
+
+        def stop_all(self) -> bool:
+            spent = spec.budget.gpu_hours is not None and self.gpu_seconds > 0 and self.gpu_seconds >= spec.budget.gpu_hours * 3600
+            return interrupt.is_set() or spent or time.monotonic() > self.deadline
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return (dict, ())
+
+    return StudyStopper()
+
+
+def _quiet_hosts() -> None:
+    """Tune's own loggers, tables and Ctrl-C handling are replaced by ours; nothing phones home."""
+    defaults = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _ray(ray: Any) -> Iterator[None]:
+    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
+    address = os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C (or SIGTERM) into an event; a second one acts as it would have without us."""
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        interrupt.set()
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    for name in before:
+        signal.signal(name, stop)
+    try:
+        yield interrupt
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _interrupted(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> StudyResult:
+    folder.update(state="interrupted")
+    recorder.finish("interrupted", [folder.spec])
+    ended = len([record for record in Outbox(folder.path).records() if record.outcome is not Outcome.INTERRUPTED])
+    raise Interrupted(f"the study was interrupted after {ended} of {spec.search.trials} trials", where=spec.name, remedy="the same command continues it")
+
+
+def _conclude(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> StudyResult:
+    """Writes the table, the best config and the environment, and closes the study's MLflow run."""
+    records = Outbox(folder.path).records()
+    table = trial_table(records)
+    table.to_parquet(folder.table)
+    environment = folder.path / "environment.json"
+    environment.write_text(json.dumps({"versions": versions(), "platform": platform.platform(), "cores": os.cpu_count(), "git_commit": git_commit()}, indent=2))
+    best, artifacts = _best(spec, folder, records), [folder.spec, folder.table, environment]
+    if best is not None:
+        best.save(folder.best)
+        artifacts.append(folder.best)
+    artifacts += _kept_weights(folder, records, best)
+    recorder.finish("finished" if best else "failed", artifacts)
+    folder.update(state="finished" if best else "failed")
+    return StudyResult(folder.card().study_id, best, table)
+
+
+def _best(spec: StudySpec, folder: StudyFolder, records: list[TrialRecord]) -> BestConfig | None:
+    chosen = choose_best(records, spec.objective)
+    if chosen is None or chosen.value is None:
+        return None
+    objective = spec.objective
+    return BestConfig(
+        study_id=folder.card().study_id,
+        name=spec.name,
+        trial_id=chosen.trial_id,
+        run_id=chosen.run_id,
+        arm=chosen.arm,
+        objective=ObjectiveResult(metric=objective.metric, direction=objective.direction, at=objective.at, value=chosen.value),
+        spec_hash=spec.spec_hash(),
+        git_commit=git_commit(),
+        versions=versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        trial=TrialSpec.model_validate(chosen.trial),
+    )
+
+
+def _kept_weights(folder: StudyFolder, records: list[TrialRecord], best: BestConfig | None) -> list[Path]:
+    """The best trial's weights; those of the others are removed. (Where all are kept, each is its own run's artifact.)"""
+    kept = []
+    for record in records:
+        weights = folder.path / "trials" / record.trial_id / "model.safetensors"
+        if best is not None and record.trial_id == best.trial_id and weights.exists():
+            kept.append(weights)
+        else:
+            weights.unlink(missing_ok=True)
+    return kept
+
+
+def _read(folder: StudyFolder) -> StudyResult:
+    import pandas as pd
+
+    from study.results.best import read_best
+
+    return StudyResult(folder.card().study_id, read_best(folder.best), pd.read_parquet(folder.table))
+
+
+def trial_table(records: list[TrialRecord]) -> "pd.DataFrame":
+    """One row for each trial, columns as `trials.parquet` has them; lists and mappings as JSON."""
+    import pandas as pd
+
+    own = ("trial_id", "arm", "outcome", "reason", "replicate_of", "value", "step", "epoch", "seconds", "run_id")
+    rows = []
+    for record in records:
+        fields = flatten(TrialSpec.model_validate(record.trial).model_dump(mode="json"))
+        plain = {path: json.dumps(value) if isinstance(value, list | dict) else value for path, value in fields.items()}
+        rows.append({**{name: getattr(record, name) for name in own}, **plain, **record.metrics})
+    return pd.DataFrame(rows)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+

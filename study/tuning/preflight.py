@@ -1,0 +1,81 @@
+"""Preflight: builds the trial once before anything starts, so that what cannot work is said at once; the audit of `study plan`."""
+
+from dataclasses import dataclass
+
+from study.space import arm_label
+from study.spec import StudySpec
+from study.training.data import load_data
+from study.training.decay import Planned, absent_places, decay_plan
+from study.training.losses import loss_function
+from study.training.models import build_model
+from study.training.roles import ParameterRole, Role, parameter_roles
+from study.trial import TrialSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a spec comes down to on its own model and data."""
+
+    trials: int
+    arms: tuple[str, ...]
+    steps_per_trial: int
+    plan: tuple[Planned, ...]
+    """Decay of every parameter, under the base trial's policy."""
+    warnings: tuple[str, ...]
+
+    def document(self) -> dict[str, object]:
+        """The JSON document of `study plan`."""
+        parameters = [
+            {
+                "name": planned.parameter.name,
+                "role": str(planned.parameter.role),
+                "place": planned.parameter.place,
+                "rate": planned.rate,
+                "anchor": planned.anchor,
+                "group": planned.group,
+            }
+            for planned in self.plan
+        ]
+        forecast = {"steps_per_trial": self.steps_per_trial, "steps": self.steps_per_trial * self.trials}
+        return {"trials": self.trials, "arms": list(self.arms), "forecast": forecast, "parameters": parameters, "compare": {}, "warnings": list(self.warnings)}
+
+
+def audit(spec: StudySpec) -> Audit:
+    """Builds data and model of the base trial and holds every policy that the study may draw against them.
+
+    Raises:
+        InputError: if data, model and policies do not fit together.
+    """
+    trial = spec.trial
+    data = load_data(trial.data)
+    loss_function(trial.loss)
+    model = build_model(trial.model, data.shape, data.num_classes)
+    roles = parameter_roles(model, trial.model.places)
+    steps = len(data.train_labels) // trial.data.batch_size * trial.schedule.epochs
+    return Audit(
+        spec.search.trials,
+        tuple(arm_label(arm) for arm in spec.arms),
+        steps,
+        tuple(decay_plan(roles, trial.optimizer)),
+        tuple(_warnings(spec, roles, steps)),
+    )
+
+
+def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[str]:
+    found = []
+    if not any(path.startswith("model.") for path in spec.space):
+        for policy in _policies(spec, spec.trial):
+            if absent := absent_places(roles, policy):
+                found.append(f"optimizer.gamma: {policy}: the model has no gain at {' or '.join(absent)}; the rest of the policy is applied")
+    if not any(role.scale_invariant for role in roles if role.role is Role.WEIGHT):
+        found.append("no weight of this model is scale-invariant: its effective learning rates have no expected rotation, medians are over all weights")
+    if steps <= 5 * spec.trial.trace.every:
+        found.append(f"trace.every {spec.trial.trace.every} samples at most {steps // spec.trial.trace.every} of a trial's {steps} steps; lower it")
+    return found
+
+
+def _policies(spec: StudySpec, trial: TrialSpec) -> list[str]:
+    axis = spec.space.get("optimizer.gamma")
+    return [str(choice) for choice in axis.choices or ()] if axis else [trial.optimizer.gamma]
+
+

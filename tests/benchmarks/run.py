@@ -1,0 +1,33 @@
+"""Benchmarks, as ratios within one run: what the service costs over doing the same by hand.
+
+    python tests/benchmarks/run.py              all of them
+    python tests/benchmarks/run.py solo         one of them
+
+    name      ratio                                                                          target
+    solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05
+    study     `study run` over plain Ray Tune with its OptunaSearch and MLflow callback      at most 1.00
+"""
+
+import statistics
+import sys
+
+from tests.benchmarks import solo, study_run
+
+BENCHMARKS = {"solo": solo.measure, "study": study_run.measure}
+
+
+def main(names: list[str]) -> int:
+    """Runs the named benchmarks and prints one line for each ratio: its median and its range over the pairs."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    print(f"{'ratio':<66}{'median':>8}{'lowest':>8}{'highest':>9}{'pairs':>7}   target")
+    for name in names or BENCHMARKS:
+        for title, ratios, target in BENCHMARKS[name]():
+            print(f"{title:<66}{statistics.median(ratios):>8.3f}{min(ratios):>8.3f}{max(ratios):>9.3f}{len(ratios):>7}   {target}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

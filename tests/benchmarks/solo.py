@@ -1,0 +1,75 @@
+"""The solo engine against a bare PyTorch loop of the same training: same model, data, order, statistics and evaluation."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from study.engines.solo import EVALUATION_IMAGES, STATISTICS_IMAGES, SoloEngine
+from study.training.data import load_data
+from study.training.models import build_model
+from study.trial import TrialSpec
+
+TRIALS = {
+    "resnet, batch 64": {"model": {"name": "resnet", "width": 16, "blocks": [1, 1, 1]}, "data": {"batch_size": 64}},
+    "mlp, batch 64": {"model": {"name": "mlp", "width": 128}, "data": {"batch_size": 64}},
+    "transformer, batch 64": {"model": {"name": "transformer", "width": 48}, "data": {"batch_size": 64}},
+}
+ROUNDS = 15
+Epoch = Callable[[], object]
+
+
+def measure() -> Iterator[tuple[str, list[float], str]]:
+    """For each model, CPU time of an epoch on the engine over one of the bare loop, pair by pair."""
+    torch.set_num_threads(1)
+    for name, sections in TRIALS.items():
+        trial = TrialSpec.model_validate({**sections, "schedule": {"epochs": 10_000, "shape": "constant"}, "trace": {"every": 20}})
+        engine = SoloEngine()
+        engine.admit("bench", trial)
+        yield f"solo engine, traced every 20 steps / bare loop: {name}", ratios(engine.advance, bare_loop(trial)), "<= 1.05"
+
+
+def ratios(ours: Epoch, bare: Epoch) -> list[float]:
+    """CPU time of one call of *ours* over one of *bare*, alternating, after a warm-up."""
+    ours(), bare()
+    return [_seconds(ours) / _seconds(bare) for _ in range(ROUNDS)]
+
+
+def _seconds(epoch: Epoch) -> float:
+    start = time.process_time()
+    epoch()
+    return time.process_time() - start
+
+
+def bare_loop(trial: TrialSpec) -> Epoch:
+    """One epoch as anybody would write it, without tracing, divergence checks or a plan."""
+    data = load_data(trial.data)
+    torch.manual_seed(0)
+    model = build_model(trial.model, data.shape, data.num_classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=trial.optimizer.weight_decay)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+    def epoch() -> tuple[float, float, float]:
+        model.train()
+        losses = []
+        for indices in torch.randperm(len(data.train_labels)).split(trial.data.batch_size):
+            if len(indices) == trial.data.batch_size:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(data.train_images[indices]), data.train_labels[indices])
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        with torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+            model(data.train_images[:STATISTICS_IMAGES])
+            for norm in norms:
+                norm.momentum = 0.1
+            model.eval()
+            logits = torch.cat([model(part) for part in data.validation_images.split(EVALUATION_IMAGES)])
+            loss = nn.functional.cross_entropy(logits, data.validation_labels)
+            return float(torch.stack(losses).mean()), float(loss), float((logits.argmax(1) != data.validation_labels).float().mean())
+
+    return epoch
