@@ -101,11 +101,12 @@ def _diagnosis(error: Exception, given: Sequence[str]) -> tuple[int, Sequence[er
             return error.exit_code, error.problems
         case _ if isinstance(error, WrongUsage):
             return 2, [errors.Problem("usage", error.format_message().rstrip("."), "study", f"see {_help_of(given)}")]
-        case ImportError():
-            message, _, remedy = str(error).partition(": ") if "extra: pip" in str(error) else (f"a library is missing ({error})", "", "")
-            return 2, [
-                errors.Problem("missing-library", message, remedy=remedy or "pip install 'effective-lr-study[service]'; `study doctor` checks it")
-            ]
+        case ImportError() if "extra: " in str(error):  # the package's own words for a library that is not there
+            message, _, remedy = str(error).partition(": ")
+            return 2, [errors.Problem("missing-library", message, remedy=remedy)]
+        case ModuleNotFoundError() if error.name and not error.name.startswith("study"):
+            remedy = "pip install 'effective-lr-study[service]'; `study doctor` checks it"
+            return 2, [errors.Problem("missing-library", f"a library is missing (got {error.name!r})", remedy=remedy)]
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     return 1, [errors.Problem("bug", f"this is a bug in study ({said})", remedy="run it again with --debug, and report what that shows")]
 

@@ -276,7 +276,7 @@ def resolve_product(given: Mapping[str, Any]) -> dict[str, Any]:
     lr = _default("lr") if lr is None else lr
     if decay is None:
         decay = product / lr if product is not None and lr > 0 else _default("weight_decay")
-    if not math.isfinite(lr * decay) or (product is not None and not _agree(lr * decay, product)):
+    if lr <= 0 or decay < 0 or not math.isfinite(lr * decay) or (product is not None and not _agree(lr * decay, product)):
         return {}
     factors = {"lr": lr, "weight_decay": decay}
     return {**{key: value for key, value in factors.items() if key not in given}, "intrinsic_lr": lr * decay}

@@ -11,14 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, field_serializer, model_validator
+from pydantic import AfterValidator, field_serializer, model_validator
 
 from study.errors import HomeError, NotFound, Problem, SpecError
 from study.home import home_path
 from study.measurement import Outcome, TrialRecord
 from study.space import Frozen
 from study.spec import ObjectiveSpec, StudyName, read_document, to_yaml, validated
-from study.trial import DataSpec, ModelSpec, OptimizerSpec, Real, ScheduleSpec, TrialSpec
+from study.trial import Count, DataSpec, ModelSpec, OptimizerSpec, Real, ScheduleSpec, TrialSpec
 
 MARKS = ("study_id", "trial_id", "trial")
 """Keys by which a best.yaml is told from other YAML files."""
@@ -36,6 +36,12 @@ def _iso(value: str) -> str:
     return value
 
 
+def _sha256(value: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", value) is None:
+        raise ValueError("must be a SHA-256 of 64 hexadecimal digits")
+    return value
+
+
 class ObjectiveResult(Frozen):
     """What the trial was ranked by, and how well it did."""
 
@@ -47,7 +53,7 @@ class ObjectiveResult(Frozen):
     """Which measurement counted: the last one or the best one."""
     value: Real
     """The trial's own value, the winner's of many and so a little too good."""
-    seeds: PositiveInt = 1
+    seeds: Count = 1
     """How many seeds `mean` is over; 1 until the trial is confirmed with fresh ones."""
     mean: Real | None = None
     """Mean over the fresh seeds; null until confirmed."""
@@ -77,7 +83,7 @@ class BestConfig(Frozen):
     arm: str
     """The scientific values that the trial stands for; `all` where none were compared."""
     objective: ObjectiveResult
-    spec_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    spec_hash: Annotated[str, AfterValidator(_sha256)]
     """SHA-256 of the part of the study's spec that decides what its trials are."""
     git_commit: str
     """The commit that ran the study; empty outside a repository."""

@@ -50,10 +50,11 @@ class Delivery:
         """
         (entry,) = self.outbox.entries(events[0].trial_id)
         run_id = entry.run_id or self._found(entry)
-        known = bool(run_id)
-        if not known:
+        fresh = not run_id
+        if fresh:
             run_id = self.store.create(self.experiment, entry.trial_id, events[0].time, trial_tags(self.identity, entry, self.parent))
-        self.outbox.remember_run(entry.trial_id, run_id)
+        if run_id != entry.run_id:
+            self.outbox.remember_run(entry.trial_id, run_id)
         waiting: list[Stamped] = []
         for event in events:
             if event.measurement is not None:
@@ -64,9 +65,9 @@ class Delivery:
             if event.ending is not None:
                 self._end(run_id, event, event.ending)
             else:
-                if known:
+                if not fresh:
                     self.store.reopen(self.store.run(run_id), forget=ENDING_TAGS)
-                known = True
+                fresh = False
                 self.store.log(run_id, params=params_of(TrialSpec.model_validate(entry.trial).model_dump(mode="json")))
         self.store.log(run_id, waiting)
 

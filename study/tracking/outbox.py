@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY, trial_id TEXT NOT NULL, kind TEXT NOT NULL, time INTEGER NOT NULL, delivered INTEGER NOT NULL DEFAULT 0,
     step INTEGER, epoch INTEGER, seconds REAL, body TEXT NOT NULL, samples TEXT NOT NULL DEFAULT '[]'
 );
-CREATE UNIQUE INDEX IF NOT EXISTS measured_once ON events (trial_id, step) WHERE kind = 'measure';
+CREATE UNIQUE INDEX IF NOT EXISTS measured_once ON events (trial_id, kind, step);
 CREATE INDEX IF NOT EXISTS undelivered ON events (number) WHERE delivered = 0;
 """
 
@@ -187,11 +187,11 @@ class Outbox:
 
     def entries(self, trial_id: str | None = None) -> list[Entry]:
         """Every trial in the order of starting, or the one that is named; empty where there is none."""
+        which, named = ("", ()) if trial_id is None else ("AND trial_id = ?", (trial_id,))
         rows = self._db.execute(
             "SELECT * FROM trials LEFT JOIN (SELECT trial_id, max(step) AS step, epoch, sum(seconds) AS seconds, body FROM events"
-            " WHERE kind = 'measure' AND trial_id = ifnull(?, trial_id) GROUP BY trial_id) USING (trial_id)"
-            " WHERE trial_id = ifnull(?, trial_id) ORDER BY number",
-            (trial_id, trial_id),
+            f" WHERE kind = 'measure' {which} GROUP BY trial_id) USING (trial_id) WHERE true {which} ORDER BY number",
+            (*named, *named),
         )
         return [_entry(row) for row in rows]
 

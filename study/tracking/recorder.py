@@ -74,9 +74,11 @@ class Recorder:
     def start(self) -> None:
         """Starts to deliver what the outbox holds and will hold."""
         assert self._delivery is not None, "open() comes before start()"
-        self._closing.clear()
-        self._abandoned.clear()
-        self._failures.clear()
+        if self._thread is not None:
+            assert self._abandoned.is_set(), "close() comes before the next start()"
+            self._thread.join()
+        self._closing, self._abandoned = threading.Event(), threading.Event()
+        self._failures, self._silence = {}, None
         self._thread = threading.Thread(target=self._drain, args=(self._delivery,), name="recorder", daemon=True)
         self._thread.start()
 
@@ -93,7 +95,6 @@ class Recorder:
         if self._thread is not None:
             self._thread.join(timeout)
             self._abandoned.set()
-            self._thread = None
             self._check()
 
     def finish(

@@ -173,10 +173,10 @@ def _mnist5k() -> _Labelled:
 def _npz(path: str) -> tuple[object, object]:
     remedy = "write it with numpy.savez(path, images=images, labels=labels)"
     try:
-        file = np.load(Path(path).expanduser(), allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError("holds one bare array, not an npz archive", where=path, remedy=remedy)
-        with file:
+        with Path(path).expanduser().open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError("holds one bare array, not an npz archive", where=path, remedy=remedy)
             missing = [name for name in ("images", "labels") if name not in file.files]
             if missing:
                 held = ", ".join(map(repr, file.files)) or "nothing"

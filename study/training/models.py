@@ -79,7 +79,8 @@ class RMSNorm2d(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Normalized maps of the same shape."""
-        scale = torch.rsqrt(maps.square().mean((1, 2, 3), keepdim=True) + self.eps)
+        # pow, unlike square, is computed in float32 by CUDA's autocast, as torch's own norms are.
+        scale = torch.rsqrt(maps.pow(2).mean((1, 2, 3), keepdim=True) + self.eps)
         return maps * scale * self.weight[:, None, None]
 
 
@@ -214,10 +215,6 @@ def _transformer(spec: ModelSpec, shape: tuple[int, ...], num_classes: int) -> n
             f"images of {shape[1]}x{shape[2]} pixels do not divide into patches (got side {spec.patch})",
             where="model.patch",
             remedy=f"use one of {', '.join(map(str, divisors))}",
-        )
-    if spec.width % spec.heads:
-        raise ModelError(
-            f"width must be a multiple of heads (got width {spec.width}, heads {spec.heads})", where="model.heads", remedy="change either"
         )
     return Transformer(spec, shape, num_classes)
 

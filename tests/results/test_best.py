@@ -88,7 +88,7 @@ def test_what_is_saved_reads_back_equal(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["best.yaml"]
 
 
-def test_the_file_says_how_to_use_it_and_holds_the_whole_trial(tmp_path: Path) -> None:
+def test_the_file_says_how_to_use_it_and_holds_the_whole_trial() -> None:
     text = best().to_yaml()
     assert text.splitlines()[:4] == [
         "# The best trial of the study tiny. In Python:",
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_best_config_is_told_and_runs_nothing(
         ("gamma: last@1", "gamma: tail", "trial.optimizer.gamma: 'tail' is not a place of gains (got 'tail')"),
         ("version: 1", "version: 2", "version: input should be 1 (got 2)"),
         ("date: '2026", "date: 'x", "date: invalid isoformat string"),
-        ("spec_hash: a", "spec_hash: z", "spec_hash: "),
+        ("spec_hash: a", "spec_hash: z", "spec_hash: must be a SHA-256 of 64 hexadecimal digits (got 'zaaa"),
         ("value: 0.0421", "value: .nan", "objective.value: input should be a finite number"),
         ("mean: null", "mean: 0.05", "objective: mean and interval are both given"),
         ("name: digits", "name: import:os.system", "trial.data.name: must be written import:package.module:function (got 'import:os.system')"),

@@ -82,10 +82,11 @@ def rows(uri: str) -> int:
     return int(count)
 
 
-@pytest.fixture
-def study(tracking_uri: str, tmp_path: Path) -> Recorder:
-    """A study with one trial of every ending, all of it in MLflow."""
-    recorder = opened(tmp_path, tracking_uri)
+@pytest.fixture(scope="module")
+def study(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    """A study with one trial of every ending, all of it in MLflow, to be looked at only."""
+    folder = tmp_path_factory.mktemp("study")
+    recorder = opened(folder, f"sqlite:///{shutil.copy(mlflow_database, folder / 'mlflow.db')}")
     for trial_id, ending in ENDINGS.items():
         live(recorder.outbox, trial_id, ending)
     return delivered(recorder)
@@ -272,9 +273,9 @@ def test_a_deleted_experiment_is_restored(tracking_uri: str, tmp_path: Path) -> 
     assert client(tracking_uri).get_experiment(experiment).lifecycle_stage == "active"
 
 
-def test_artifacts_lie_next_to_a_sqlite_store(study: Recorder, tmp_path: Path) -> None:
+def test_artifacts_lie_next_to_a_sqlite_store(study: Recorder) -> None:
     location = all_runs(study.tracking_uri)["roles-0000"].info.artifact_uri
-    assert location.startswith((tmp_path / "mlflow_artifacts" / "roles").as_uri())
+    assert location.startswith((study.outbox.folder.parent / "mlflow_artifacts" / "roles").as_uri())
 
 
 @pytest.mark.parametrize(("state", "status"), [("finished", "FINISHED"), ("interrupted", "KILLED"), ("failed", "FAILED")])
