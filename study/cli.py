@@ -19,13 +19,14 @@ import traceback
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 try:
     import typer
     from rich.console import RenderableType
+    from rich.text import Text
 except ModuleNotFoundError:
     sys.exit("study: the command line is not installed; pip install 'effective-lr-study[service]'")
 
@@ -93,10 +94,7 @@ def _report(error: Exception, as_json: bool, given: Sequence[str]) -> int:
 def _diagnosis(error: Exception, given: Sequence[str]) -> tuple[int, Sequence[errors.Problem]]:
     match error:
         case errors.Interrupted():
-            resume = errors.Interrupted(
-                error.problems[0].message, where=error.problems[0].where, remedy=f"go on with: {shlex.join(['study', *given])}"
-            )
-            return error.exit_code, resume.problems
+            return error.exit_code, [replace(problem, remedy=f"go on with: {shlex.join(['study', *given])}") for problem in error.problems]
         case errors.StudyError():
             return error.exit_code, error.problems
         case _ if isinstance(error, WrongUsage):
@@ -201,8 +199,8 @@ def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_jso
     """Show the best config of a study, and how to use it."""
     config, folder = _load_best(name, home, tracking_uri), StudyFolder(home_path(home) / name)
     varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
-    source = str(folder.best if folder.best.exists() else name)
-    _answer(as_json, document(config), display.best_view(document(config), varied), display.how_to_use(source))
+    use = display.how_to_use(str(folder.best)) if folder.best.exists() else display.how_to_use(name, home=home, tracking_uri=tracking_uri)
+    _answer(as_json, document(config), display.best_view(document(config), varied), use)
 
 
 @app.command("export")
@@ -335,7 +333,7 @@ def _answer(as_json: bool, document: object, *views: RenderableType) -> None:
         return
     out = display.console()
     for view in views:
-        out.print(view, soft_wrap=isinstance(view, str))
+        out.print(view, soft_wrap=isinstance(view, str | Text))
 
 
 @contextmanager

@@ -278,13 +278,14 @@ def best_view(document: Document, varied: Mapping[str, object]) -> RenderableTyp
     return grid
 
 
-def checks_view(checks: Sequence[Document]) -> RenderableType:
+def checks_view(checks: Sequence[Document]) -> Text:
     """One line for each check: its mark, its name, what was found and what to do."""
-    grid = Table.grid(padding=(0, 2))
+    width = max(len(check["name"]) for check in checks)
+    lines = []
     for check in checks:
         remedy = f"; {check['remedy']}" if check["remedy"] else ""
-        grid.add_row(Text(check["state"], style=MARKS[check["state"]]), check["name"], Text(check["message"] + remedy, overflow="fold"))
-    return grid
+        lines.append(Text.assemble((f"{check['state']:4}", MARKS[check["state"]]), f"  {check['name']:{width}}  {check['message']}{remedy}"))
+    return Text("\n").join(lines)
 
 
 def summary_line(summary: Document) -> str:
@@ -336,10 +337,11 @@ def where_to_look(document: Document, folder: StudyFolder, home: Path | None, tr
     return "\n" + "\n".join(lines)
 
 
-def how_to_use(source: str) -> str:
-    """Three lines of Python."""
+def how_to_use(source: str, **where: object) -> str:
+    """Three lines of Python that build an optimizer from a best config."""
+    given = "".join(f", {word}={str(value)!r}" for word, value in where.items() if value is not None)
     lines = (
-        f"best = study.load_best({source!r})",
+        f"best = study.load_best({source!r}{given})",
         "optimizer = study.build_optimizer(model, best.optimizer)",
         "scheduler = study.build_scheduler(optimizer, best.schedule, total_steps=10_000)",
     )

@@ -1,0 +1,480 @@
+"""The command line: what it prints where, and the exit code that it ends with."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from study import display, doctor, errors
+from study.cli import _report, main
+from study.home import StudyFolder
+from study.measurement import Ending, Measurement, Outcome
+from study.results.best import BestConfig, ObjectiveResult, choose_best, read_best
+from study.space import arm_label
+from study.spec import StudySpec, load_spec
+from study.tracking.outbox import Outbox
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "export", "ui", "doctor"}
+
+SPEC = """\
+name: gains
+question: Which gains should decay?
+trial:
+  model: {name: mlp, width: 8}
+  schedule: {epochs: 2}
+  trace: {every: 2}
+space:
+  optimizer.lr: {low: 1e-3, high: 1.0, log: true}
+  optimizer.gamma: {choices: [none, all], role: scientific}
+search: {trials: 6, sampler: random}
+"""
+
+WRONG = """\
+name: Gains
+trial:
+  model: {name: mlp, widht: 8}
+space:
+  optimizer.lr: {low: 1.0, high: 1e-3, log: true}
+  optimizer.gama: {choices: [none, all]}
+search: {trials: 6}
+"""
+
+ENDINGS = [
+    (Ending(Outcome.COMPLETED), 0.25),
+    (Ending(Outcome.COMPLETED), 0.125),
+    (Ending(Outcome.STOPPED, "scheduler"), 0.01),
+    (Ending(Outcome.DIVERGED, "nan"), None),
+    (Ending(Outcome.FAILED, error="boom"), None),
+]
+"""How the trials of the study `gains` ended; a sixth waits."""
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STUDY_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS", "COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    path = tmp_path / "gains.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, spec_file: Path) -> Path:
+    """A study home with one study, written as a run writes it."""
+    spec = load_spec(spec_file)
+    folder = StudyFolder.prepare(tmp_path / "studies", spec)
+    outbox = Outbox(folder.path)
+    for number, (ending, value) in enumerate(ENDINGS):
+        arm = spec.arms[number % 2]
+        trial = f"gains-{number:04}"
+        outbox.start(trial, arm=arm_label(arm), trial=spec.trial_for({**arm, "optimizer.lr": 0.1 * (number + 1)}).canonical())
+        outbox.measure(trial, Measurement(22, 1, {"val/error": value or 1.0}, seconds=30.0))
+        outbox.end(trial, ending, value)
+    best_of(spec, folder, outbox).save(folder.best)
+    folder.update(state="finished")
+    outbox.close()
+    return tmp_path / "studies"
+
+
+def best_of(spec: StudySpec, folder: StudyFolder, outbox: Outbox) -> BestConfig:
+    record = choose_best(outbox.records(), spec.objective)
+    assert record is not None
+    assert record.value is not None
+    return BestConfig(
+        study_id=folder.card().study_id,
+        name=spec.name,
+        trial_id=record.trial_id,
+        run_id="0" * 32,
+        arm=record.arm,
+        objective=ObjectiveResult(metric="val/error", direction="minimize", at="final", value=record.value),
+        spec_hash=spec.spec_hash(),
+        git_commit="",
+        versions={},
+        date="2026-01-01T00:00:00+00:00",
+        trial=record.trial,  # type: ignore[arg-type]
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that succeeds prints on stdout."""
+    code = main([str(word) for word in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    return json.loads(said(capsys, *arguments, "--json"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """What a command that fails prints on stderr; nothing may be on stdout."""
+    assert main([str(word) for word in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def python(*arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120, check=False)
+
+
+def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(re.findall(r"^│ (\w+) ", said(capsys, "--help"), re.MULTILINE)) == COMMANDS
+    assert said(capsys) == said(capsys, "--help")
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"study {command}" in said(capsys, command, "--help")
+
+
+def test_the_schema_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(said(capsys, "schema"))
+    optimizer = schema["$defs"]["OptimizerSpec"]["properties"]
+    assert "Gamma-decay policy" in optimizer["gamma"]["description"]
+    undocumented = {name for name, field in optimizer.items() if "description" not in field}
+    assert not undocumented
+    assert {"name", "space", "search"} <= set(schema["required"])
+
+
+def test_a_valid_spec_is_ok_in_one_line(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ok, summary = said(capsys, "validate", spec_file).splitlines()
+    assert ok == "ok"
+    assert summary == "gains: 6 trials over 2 arms, sampler random, 2 epochs, 2 axes: optimizer.lr, optimizer.gamma"
+    assert document(capsys, "validate", spec_file)["arms"] == ["optimizer.gamma=none", "optimizer.gamma=all"]
+
+
+def test_every_error_is_told_at_once_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(WRONG)
+    lines = refused(capsys, "validate", path).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        [f"{path}:1", "name"],
+        [f"{path}:3", "trial.model.widht"],
+        [f"{path}:5", "space.optimizer.lr"],
+        [f"{path}:6", "space.optimizer.gama"],
+    ]
+    assert "did you mean 'width'?" in lines[1]
+
+
+def test_errors_are_a_document_with_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(WRONG)
+    assert main(["validate", str(path), "--json"]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)["errors"]
+    assert [set(error) for error in found] == [{"kind", "message", "where", "remedy"}] * 4
+    assert found[1]["kind"] == "unknown-key"
+    assert err == ""
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["validate"], ["validate", "x.yaml", "--nonsense"], ["export", "x", "--to", "xml"]])
+def test_a_command_line_that_cannot_be_read_is_wrong_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--help" in refused(capsys, *arguments)
+    assert main([*arguments, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["errors"][0]["kind"] == "usage"
+
+
+def test_a_missing_spec_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "validate", "none.yaml").startswith("none.yaml: no such file")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [("search.trials=10", "trials", 10), ("search={trials: 8, sampler: sobol}", "sampler", "sobol"), ("trial.schedule.epochs=7", "epochs", 7)],
+)
+def test_set_replaces_fields_and_sections(override: str, field: str, value: object, spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert document(capsys, "validate", spec_file, "--set", override)[field] == value
+
+
+def test_set_is_repeatable_and_its_errors_name_it(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "validate", spec_file, "--set", "name=other", "--set", "space.optimizer.gamma.choices=[none, all, last]")
+    assert (found["name"], len(found["arms"])) == ("other", 3)
+    assert "--set search.trials: " in refused(capsys, "validate", spec_file, "--set", "search.trials=-1")
+    assert "path=value" in refused(capsys, "validate", spec_file, "--set", "search.trials")
+
+
+def test_a_plan_names_the_decay_of_every_parameter(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = document(capsys, "plan", spec_file, "--set", "trial.optimizer.gamma=all")
+    assert set(plan) == {"trials", "arms", "forecast", "parameters", "compare", "warnings"}
+    assert {frozenset(row) for row in plan["parameters"]} == {frozenset({"name", "role", "place", "rate", "anchor", "group"})}
+    shown = said(capsys, "plan", spec_file)
+    assert all(row["name"] in shown for row in plan["parameters"])
+    assert "6 trials over 2 arms, 3 each" in shown
+
+
+def test_what_the_users_code_prints_stays_out_of_the_answer(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "talkative.py").write_text("from torch.nn.functional import cross_entropy as loss\nprint('hello')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["plan", str(spec_file), "--set", "trial.loss='import:talkative:loss'", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trials"] == 6
+    assert "hello" in err
+
+
+def test_an_empty_home_has_no_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert document(capsys, "list", "--home", tmp_path / "none") == []
+    assert "no studies in" in said(capsys, "list", "--home", tmp_path / "none")
+
+
+def test_a_home_lists_its_studies(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (listed,) = document(capsys, "list", "--home", home)
+    assert listed == document(capsys, "status", "gains", "--home", home)
+    assert re.search(r"gains +finished +5 of 6 +0\.125 +val/error +gains-0001", said(capsys, "list", "--home", home))
+    monkeypatch.setenv("STUDY_HOME", str(home))
+    assert document(capsys, "list") == [listed]
+
+
+def test_a_study_that_cannot_be_read_does_not_hide_the_others(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "gains", home / "other")
+    (home / "other" / "spec.yaml").write_text("name: [")
+    assert main(["list", "--home", str(home)]) == 0
+    out, err = capsys.readouterr()
+    assert "gains" in out
+    assert "other is left out" in err
+
+
+def test_the_status_counts_outcomes_by_arm(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = document(capsys, "status", "gains", "--home", home)
+    assert status["state"] == "finished"
+    assert status["trials"] == {"completed": 2, "stopped": 1, "diverged": 1, "failed": 1, "interrupted": 0, "running": 0, "waiting": 1}
+    assert status["best"]["trial_id"] == "gains-0001"
+    assert status["arms"]["optimizer.gamma=none"]["best"]["value"] == 0.25
+    shown = said(capsys, "status", "gains", "--home", home)
+    assert re.search(r"optimizer\.gamma=all +1 +0 +1 +0 +1 +0\.125 +gains-0001", shown)
+    assert "2:30 of training" in shown
+
+
+def test_an_unknown_study_is_wrong_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "studies here: gains" in refused(capsys, "status", "gain", "--home", home)
+    assert "no study of this name" in refused(capsys, "best", "gain", "--home", home)
+
+
+def test_the_best_shows_what_was_varied_and_how_to_use_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "best", "gains", "--home", home)
+    assert re.search(r"optimizer\.lr +0\.2\b", shown)
+    assert re.search(r"optimizer\.gamma +all\b", shown)
+    assert "momentum" not in shown
+    code = shown.split("In Python:")[1]
+    assert [line.split(" = ")[0].strip() for line in code.strip().splitlines()] == ["best", "optimizer", "scheduler"]
+    names: dict[str, Any] = {}
+    exec(f"import study\n{code.strip().splitlines()[0]}", names)
+    assert names["best"].trial_id == "gains-0001"
+
+
+def test_the_best_is_a_document_with_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = document(capsys, "best", "gains", "--home", home)
+    assert {"study_id", "trial_id", "run_id", "value", "metric", "direction", "spec", "confirmed"} <= set(best)
+    assert (best["value"], best["spec"]["optimizer"]["gamma"]) == (0.125, "all")
+    assert document(capsys, "best", home / "gains" / "best.yaml") == best
+
+
+def test_a_study_without_a_best_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "gains" / "best.yaml").unlink()
+    assert "no best config yet" in refused(capsys, "best", "gains", "--home", home)
+
+
+@pytest.mark.parametrize("to", ["yaml", "json"])
+def test_an_export_reads_back_as_the_best(to: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = tmp_path / f"exported.{to}"
+    exported.write_text(said(capsys, "export", "gains", "--to", to, "--home", home))
+    assert read_best(exported) == read_best(home / "gains" / "best.yaml")
+    assert said(capsys, "export", "gains", "--to", to, "--home", home, "-o", tmp_path / "again") == ""
+    assert (tmp_path / "again").read_text() == exported.read_text()
+
+
+def test_an_export_that_cannot_be_written_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be written" in refused(capsys, "export", "gains", "--home", home, "-o", home / "none" / "best.yaml")
+
+
+def test_a_home_that_cannot_be_written_is_told_before_anything_starts(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(spec_file), "--home", str(spec_file / "studies")]) == 2
+    out, err = capsys.readouterr()
+    assert "engine: solo" in out
+    assert err == f"{spec_file}/studies: the study home cannot be written (Not a directory); choose another with --home or $STUDY_HOME\n"
+
+
+def test_a_name_that_belongs_to_another_study_is_refused(spec_file: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(spec_file), "--home", str(home), "--set", "search.seed=1", "--json"]) == 2
+    (error,) = json.loads(capsys.readouterr().out)["errors"]
+    assert (error["kind"], error["where"]) == ("name-taken", str(home / "gains"))
+
+
+def test_an_unexpected_error_is_one_line_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _report(ZeroDivisionError("division by zero"), False, ["list"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "this is a bug in study (ZeroDivisionError: division by zero); run it again with --debug, and report what that shows\n"
+
+
+def test_an_interrupted_study_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _report(errors.Interrupted("the study was interrupted", where="gains"), False, ["run", "my spec.yaml", "--debug"]) == 130
+    assert capsys.readouterr().err == "gains: the study was interrupted; go on with: study run 'my spec.yaml'\n"
+
+
+def test_a_missing_library_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _report(ModuleNotFoundError("No module named 'ray'", name="ray"), False, ["run"]) == 2
+    assert "pip install 'effective-lr-study[service]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "status", "none"], ["status", "none", "--debug"]])
+def test_debug_shows_the_traceback(arguments: list[str], tmp_path: Path) -> None:
+    done = python("-m", "study", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stdout == ""
+
+
+def test_reading_commands_import_nothing_heavy(home: Path, spec_file: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from study.cli import main
+for words in (["--help"], ["schema"], ["validate", {str(spec_file)!r}], ["list"], ["status", "gains"], ["best", "gains"], ["export", "gains"]):
+    assert main([*words, *(["--home", {str(home)!r}] if words[0] in ("list", "status", "best", "export") else [])]) == 0, words
+heavy = {{"torch", "ray", "optuna", "mlflow", "pandas", "numpy", "pyarrow"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_answer_is_alone_on_stdout(home: Path, tmp_path: Path) -> None:
+    done = python("-m", "study", "status", "gains", "--home", home, "--json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["name"] == "gains"
+
+
+def test_a_fresh_home_passes_the_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = {check["name"]: check for check in document(capsys, "doctor", "--home", tmp_path / "studies")["checks"]}
+    assert {"core", "torch", "service", "device", "home", "disk", "tracking"} <= set(checks)
+    assert not [check for check in checks.values() if check["state"] == "fail"]
+    assert "will be created" in checks["tracking"]["message"]
+    assert not (tmp_path / "studies").exists()
+
+
+def test_the_doctor_says_what_to_do(spec_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert main(["doctor", "--home", str(spec_file / "studies"), "--tracking-uri", "http://127.0.0.1:1"]) == 1
+    failures = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")}
+    assert set(failures) == {"home", "tracking", "ray"}
+    assert "choose another with --home" in failures["home"]
+    assert "unset RAY_ADDRESS" in failures["ray"]
+
+
+def test_the_doctor_asks_a_store_that_exists(tracking_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = {check["name"]: check for check in document(capsys, "doctor", "--tracking-uri", tracking_uri)["checks"]}
+    assert "answers, with 1 experiments" in checks["tracking"]["message"]
+
+
+def test_the_doctor_knows_the_packages_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {"core": project["dependencies"], **project["optional-dependencies"]}
+    for extra, packages in doctor.EXTRAS.items():
+        named = [re.split(r"[\[><=]", line)[0] for line in declared[extra]]
+        assert [name for name in named if name != project["name"]] == list(packages)
+
+
+def test_the_ui_needs_something_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing was recorded here yet" in refused(capsys, "ui", "--home", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert "http://user:***@host:5000" in said(capsys, "ui", "--tracking-uri", "http://user:secret@host:5000")
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_the_ui_says_when_its_port_is_taken(tracking_uri: str, busy_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "choose another with --port" in refused(capsys, "ui", "--tracking-uri", tracking_uri, "--port", busy_port)
+
+
+def test_the_ui_starts_and_ends_with_all_its_processes(tracking_uri: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "study", "ui", "--tracking-uri", tracking_uri, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as ui:
+        assert ui.stdout is not None
+        assert ui.stdout.readline().startswith(f"http://127.0.0.1:{port} ")
+        socket.create_connection(("127.0.0.1", port)).close()
+        ui.send_signal(signal.SIGINT)
+        assert ui.wait(timeout=30) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(home: Path) -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, color_system=None, highlight=False, markup=False)
+    watcher = display.Watcher(out)
+    with watcher(StudyFolder(home / "gains")):
+        pass
+    line, behind = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert line == (
+        "[0:00] 5 of 6 trials (2 completed, 1 stopped, 1 diverged, 1 failed, 1 waiting); "
+        "best 0.125 val/error: gains-0001 (optimizer.gamma=all); starting Ray"
+    )
+    assert behind == "bringing the last 15 events to MLflow"
+    assert watcher.watched
+
+
+def test_the_live_display_shows_every_arm(home: Path) -> None:
+    out = Console(file=io.StringIO(), width=200)
+    out.print(display.progress_view(display.status(StudyFolder(home / "gains")), display.Pace(), behind=1000))
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"gains +5 of 6 trials", shown)
+    assert "1000 events are on their way to MLflow" in shown
+    assert set(re.findall(r"optimizer\.gamma=\w+", shown)) == {"optimizer.gamma=none", "optimizer.gamma=all"}
+
+
+def counts(completed: int, running: int = 0, waiting: int = 0) -> dict[str, int]:
+    return {"completed": completed, "stopped": 0, "diverged": 0, "failed": 0, "interrupted": 0, "running": running, "waiting": waiting}
+
+
+def test_the_pace_counts_from_the_first_running_trial_of_this_start() -> None:
+    pace = display.Pace()
+    pace.see(counts(4, waiting=8), now=100.0)
+    assert (pace.per_minute, pace.left) == (None, None)
+    pace.see(counts(4, running=2, waiting=6), now=110.0)
+    pace.see(counts(8, running=2, waiting=2), now=130.0)
+    assert (pace.per_minute, pace.left, pace.elapsed) == (12.0, 20.0, 30.0)
+
+
+def test_the_time_left_is_never_more_than_the_budget() -> None:
+    pace = display.Pace(wall=60.0)
+    pace.see(counts(0, running=1, waiting=99), now=0.0)
+    pace.see(counts(1, running=1, waiting=98), now=10.0)
+    assert pace.left == 50.0
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(None, "-"), (float("inf"), "-"), (0.4, "0:00"), (100.0, "1:40"), (7390.0, "2:03:10")])
+def test_durations_are_clocks(seconds: float | None, shown: str) -> None:
+    assert display.clock(seconds) == shown
+
+
+def test_an_ended_study_without_a_best_says_why(home: Path) -> None:
+    found = display.status(StudyFolder(home / "gains"))
+    assert "2 completed, 1 stopped, 1 diverged, 1 failed" in display.why_nothing(found)
