@@ -122,33 +122,42 @@ class Watcher:
         self.live = live and out.is_interactive and out.file.isatty()
         self.watched = False
         """Whether anything was run."""
+        self._behind = 0
+        self._stopping = False
 
     @contextmanager
-    def __call__(self, folder: StudyFolder) -> Iterator[None]:
-        """Watches a study until the block is left."""
+    def __call__(self, folder: StudyFolder, interrupt: threading.Event) -> Iterator[None]:
+        """Watches a study until the block is left; says so when the user has asked it to stop."""
         self.watched = True
         done = threading.Event()
-        thread = threading.Thread(target=self._live if self.live else self._lines, args=(folder, done), name="display", daemon=True)
+        thread = threading.Thread(target=self._live if self.live else self._lines, args=(folder, done, interrupt), name="display", daemon=True)
         thread.start()
         try:
             yield
         finally:
             done.set()
             thread.join()
-            if behind := Outbox(folder.path).progress()["undelivered"]:
-                self.out.print(f"bringing the last {behind} events to MLflow")
+            if self._behind:
+                self.out.print(f"bringing the last {self._behind} events to MLflow")
 
-    def _live(self, folder: StudyFolder, done: threading.Event) -> None:
+    def _live(self, folder: StudyFolder, done: threading.Event, interrupt: threading.Event) -> None:
         with Live(console=self.out, auto_refresh=False, transient=True) as live:
-            for document, pace, behind in _looks(folder, done, REFRESH):
-                live.update(progress_view(document, pace, behind), refresh=True)
+            for document, pace, self._behind in _looks(folder, done, REFRESH):
+                self._say_that_it_stops(interrupt)
+                live.update(progress_view(document, pace, self._behind), refresh=True)
 
-    def _lines(self, folder: StudyFolder, done: threading.Event) -> None:
+    def _say_that_it_stops(self, interrupt: threading.Event) -> None:
+        if interrupt.is_set() and not self._stopping:
+            self._stopping = True
+            self.out.print("stopping: running trials are closed and can be continued later; Ctrl-C again ends at once")
+
+    def _lines(self, folder: StudyFolder, done: threading.Event, interrupt: threading.Event) -> None:
         told = None
-        for document, pace, behind in _looks(folder, done, BETWEEN_LINES):
+        for document, pace, self._behind in _looks(folder, done, BETWEEN_LINES):
+            self._say_that_it_stops(interrupt)
             if (document["trials"], document["best"]) != told:
                 told = document["trials"], document["best"]
-                self.out.print(progress_line(document, pace, behind), soft_wrap=True)
+                self.out.print(progress_line(document, pace, self._behind), soft_wrap=True)
 
 
 def _looks(folder: StudyFolder, done: threading.Event, between: float) -> Iterator[tuple[Document, Pace, int]]:

@@ -1,15 +1,15 @@
 """The study home: one folder for each study, and what lies in it.
 
-    studies/
-    ├── mlflow.db, artifacts/       the MLflow store, unless a tracking URI names another
-    └── gamma-roles/
-        ├── study.json              identity and state
-        ├── spec.yaml               the spec with every default filled in
-        ├── journal.log             Optuna's journal: what was proposed, and how it ended
-        ├── outbox.sqlite           the ledger: what was measured, and what MLflow has heard of it
-        ├── trials/                 snapshots of running trials, traces and weights of ended ones
-        ├── trials.parquet          the table of trials
-        └── best.yaml               the best config
+studies/
+├── mlflow.db, mlflow_artifacts/  the MLflow store, unless a tracking URI names another
+└── gamma-roles/
+    ├── study.json              identity and state
+    ├── spec.yaml               the spec with every default filled in
+    ├── journal.log             Optuna's journal: what was proposed, and how it ended
+    ├── outbox.sqlite           the ledger: what was measured, and what MLflow has heard of it
+    ├── trials/                 snapshots of running trials, traces and weights of ended ones
+    ├── trials.parquet          the table of trials
+    └── best.yaml               the best config
 """
 
 import json
@@ -94,7 +94,9 @@ class StudyFolder:
                 folder._write(Card(identity, spec.name, spec.spec_hash(), "interrupted", datetime.now(UTC).isoformat(timespec="seconds")))
             (folder.path / "trials").mkdir(exist_ok=True)
         except OSError as error:
-            raise HomeError(f"the study home cannot be written ({error.strerror})", where=str(home), remedy="choose another with --home or $STUDY_HOME") from None
+            raise HomeError(
+                f"the study home cannot be written ({error.strerror})", where=str(home), remedy="choose another with --home or $STUDY_HOME"
+            ) from None
         if folder.card().spec_hash != spec.spec_hash():
             raise NameTaken(
                 f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping (got {spec.name!r})",

@@ -122,4 +122,5 @@ def layer_medians(samples: Sequence[LayerSample]) -> dict[str, float]:
         "rotation/median": [row.rotation for row in rows],
         "rotation_ratio/median": [row.rotation / row.rotation_expected for row in rows if row.rotation_expected],
     }
-    return finite({name: median(column) for name, column in columns.items() if column})
+    seen = {name: [value for value in column if math.isfinite(value)] for name, column in columns.items()}
+    return {name: median(column) for name, column in seen.items() if column}

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from study.results.best import BestConfig, ObjectiveResult, choose_best, read_be
 from study.space import arm_label
 from study.spec import StudySpec, load_spec
 from study.tracking.outbox import Outbox
+from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "export", "ui", "doctor"}
@@ -118,7 +120,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     code = main([str(word) for word in arguments])
     out, err = capsys.readouterr()
     assert code == 0, err
-    return out
+    return re.sub(r"\x1b\[[0-9;]*m", "", out)
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
@@ -258,11 +260,11 @@ def test_a_study_that_cannot_be_read_does_not_hide_the_others(home: Path, capsys
 
 
 def test_the_status_counts_outcomes_by_arm(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status = document(capsys, "status", "gains", "--home", home)
-    assert status["state"] == "finished"
-    assert status["trials"] == {"completed": 2, "stopped": 1, "diverged": 1, "failed": 1, "interrupted": 0, "running": 0, "waiting": 1}
-    assert status["best"]["trial_id"] == "gains-0001"
-    assert status["arms"]["optimizer.gamma=none"]["best"]["value"] == 0.25
+    found = document(capsys, "status", "gains", "--home", home)
+    assert found["state"] == "finished"
+    assert found["trials"] == {"completed": 2, "stopped": 1, "diverged": 1, "failed": 1, "interrupted": 0, "running": 0, "waiting": 1}
+    assert found["best"]["trial_id"] == "gains-0001"
+    assert found["arms"]["optimizer.gamma=none"]["best"]["value"] == 0.25
     shown = said(capsys, "status", "gains", "--home", home)
     assert re.search(r"optimizer\.gamma=all +1 +0 +1 +0 +1 +0\.125 +gains-0001", shown)
     assert "2:30 of training" in shown
@@ -393,8 +395,8 @@ def test_the_doctor_knows_the_packages_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {"core": project["dependencies"], **project["optional-dependencies"]}
     for extra, packages in doctor.EXTRAS.items():
-        named = [re.split(r"[\[><=]", line)[0] for line in declared[extra]]
-        assert [name for name in named if name != project["name"]] == list(packages)
+        named = {re.split(r"[\[><=]", line)[0] for line in declared[extra]}
+        assert named - {project["name"]} == set(packages)
 
 
 def test_the_ui_needs_something_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,7 +432,7 @@ def test_the_ui_starts_and_ends_with_all_its_processes(tracking_uri: str, tmp_pa
 def test_progress_is_told_in_lines_where_there_is_no_terminal(home: Path) -> None:
     out = Console(file=io.StringIO(), force_terminal=True, color_system=None, highlight=False, markup=False)
     watcher = display.Watcher(out)
-    with watcher(StudyFolder(home / "gains")):
+    with watcher(StudyFolder(home / "gains"), threading.Event()):
         pass
     line, behind = out.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert line == (
@@ -443,7 +445,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(home: Path) -> Non
 
 def test_the_live_display_shows_every_arm(home: Path) -> None:
     out = Console(file=io.StringIO(), width=200)
-    out.print(display.progress_view(display.status(StudyFolder(home / "gains")), display.Pace(), behind=1000))
+    out.print(display.progress_view(status(StudyFolder(home / "gains")), display.Pace(), behind=1000))
     shown = out.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"gains +5 of 6 trials", shown)
     assert "1000 events are on their way to MLflow" in shown
@@ -476,5 +478,5 @@ def test_durations_are_clocks(seconds: float | None, shown: str) -> None:
 
 
 def test_an_ended_study_without_a_best_says_why(home: Path) -> None:
-    found = display.status(StudyFolder(home / "gains"))
+    found = status(StudyFolder(home / "gains"))
     assert "2 completed, 1 stopped, 1 diverged, 1 failed" in display.why_nothing(found)

@@ -1,8 +1,8 @@
 """Engine: who trains trials, one or many. An engine trains; it never logs, reports or decides.
 
-    admit(trial) ──> advance() ──> Progress ──> advance() ──> ... ──> release(trial)
-                          │
-                          └── snapshot(trial) ──> Snapshot ──> admit(trial, snapshot) on any engine, later
+admit(trial) ──> advance() ──> Progress ──> advance() ──> ... ──> release(trial)
+                      │
+                      └── snapshot(trial) ──> Snapshot ──> admit(trial, snapshot) on any engine, later
 """
 
 import os

@@ -1,6 +1,6 @@
 """SoloEngine: one trial with ordinary modules and torch.optim. It is the definition of a trial, and so the oracle of every other engine.
 
-    epoch = steps over one shuffled pass ──> BatchNorm statistics ──> validation ──> Measurement (and Ending, when it is the last)
+epoch = steps over one shuffled pass ──> BatchNorm statistics ──> validation ──> Measurement (and Ending, when it is the last)
 """
 
 import hashlib
@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from study.measurement import Ending, LayerSample, Measurement, Outcome, Reason,
 from study.training.data import Data, augmented, batches, load_data
 from study.training.decay import absent_places, decay_plan, optimizer_for
 from study.training.effective_lr import EffectiveLR
-from study.training.imported import load_object
+from study.training.imported import user_function
 from study.training.losses import loss_function
 from study.training.models import build_model
 from study.training.probes import probe
@@ -107,7 +106,7 @@ class _SoloTrial:
         self.scheduler = build_scheduler(self.optimizer, trial.schedule, self.total_steps)
         self.tracer = EffectiveLR(self.model, self.optimizer, trial.trace.every, roles=self.roles)
         self.loss = loss_function(trial.loss)
-        self.metrics: dict[str, Metric] = {f"val/{path.rpartition(':')[2]}": load_object(path) for path in trial.metrics}
+        self.metrics: dict[str, Metric] = {f"val/{path.rpartition(':')[2]}": user_function(path) for path in trial.metrics}
         self.order = torch.Generator().manual_seed(sub_seed(trial.seed, "order"))
         self.augmentation = torch.Generator(device).manual_seed(sub_seed(trial.seed, "augmentation"))
         self.dropout = _rng_state(sub_seed(trial.seed, "dropout"), device)
@@ -137,7 +136,8 @@ class _SoloTrial:
         return Progress(self.trial_id, measurement, ending)
 
     def _train_epoch(self) -> tuple[dict[str, float], list[LayerSample]]:
-        losses, errors, samples = [], [], []
+        losses, errors = [], []
+        samples: list[LayerSample] = []
         self.model.train()
         with _own_randomness(self):
             for indices in batches(len(self.data.train_labels), self.trial.data.batch_size, self.order):
@@ -208,7 +208,7 @@ class _SoloTrial:
 
     def _logits(self, images: Tensor) -> Tensor:
         with self._autocast():
-            return torch.cat([self.model(part) for part in images.split(EVALUATION_IMAGES)]).to(self.dtype)
+            return torch.cat([self.model(part) for part in torch.split(images, EVALUATION_IMAGES)]).to(self.dtype)
 
     def _gains(self) -> dict[str, float]:
         """The root mean square of the gains at each place."""
@@ -225,7 +225,7 @@ class _SoloTrial:
         if not len(labels):
             images, labels = self.data.train_images, self.data.train_labels
         self.model.eval()
-        found = {}
+        found: dict[str, float] = {}
         for name in self.trial.probes:
             found |= {f"final/{name}/{key}": value for key, value in probe(name, self.model, images, labels).items()}
         return found
@@ -298,5 +298,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-

@@ -1,13 +1,13 @@
 """Decay: from roles and a policy to a plan, and from the plan to torch.
 
-    roles + OptimizerSpec ──decay_plan──> rate and anchor of every parameter ──build_optimizer──> one torch optimizer
+roles + OptimizerSpec ──decay_plan──> rate and anchor of every parameter ──build_optimizer──> one torch optimizer
 
-    role                    decays with      towards       unless
-    weight                  weight_decay     0
-    gain at a named place   gamma_decay      its anchor    `gamma` leaves its place out
-    shift, bias             weight_decay     0             `shift: exempt`
-    embedding               weight_decay     0             `embedding: exempt`
-    scale                   never
+role                    decays with      towards       unless
+weight                  weight_decay     0
+gain at a named place   gamma_decay      its anchor    `gamma` leaves its place out
+shift, bias             weight_decay     0             `shift: exempt`
+embedding               weight_decay     0             `embedding: exempt`
+scale                   never
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -105,7 +105,9 @@ def param_groups(model: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, A
             remedy="use study.build_optimizer, which can",
         )
     if optimizer.rule == "sgd" and optimizer.form == "decoupled":
-        raise NotExpressible("torch.optim.SGD couples decay into the gradient", where="optimizer.decay", remedy="use study.build_optimizer, which can")
+        raise NotExpressible(
+            "torch.optim.SGD couples decay into the gradient", where="optimizer.decay", remedy="use study.build_optimizer, which can"
+        )
     return _groups(model, plan, optimizer)
 
 

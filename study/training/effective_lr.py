@@ -142,7 +142,9 @@ class EffectiveLR:
             rules = [rule_of(optimizer, group) for group in optimizer.param_groups]
             for (role, parameter), before in zip(self._weights, self._before, strict=True):
                 if parameter.grad is not None and (group := self._group_of.get(id(parameter))) is not None:
-                    self._sample[role.layer] = self._row(role, parameter, before, optimizer.param_groups[group], rules[group], self._products[group][1])
+                    self._sample[role.layer] = self._row(
+                        role, parameter, before, optimizer.param_groups[group], rules[group], self._products[group][1]
+                    )
             self._before = []
 
     def _follow_products(self, optimizer: Optimizer) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from study.training.models import RMSNorm2d
@@ -41,12 +40,28 @@ _CARRYING_MODULES: tuple[type[nn.Module], ...] = (
 _HOMOGENEOUS_MODULES: tuple[type[nn.Module], ...] = (nn.ReLU, nn.LeakyReLU, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 
 _CARRYING_FUNCTIONS: frozenset[object] = frozenset(
-    (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.mean, torch.neg, operator.neg, operator.getitem)
-    + (F.dropout, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad, F.interpolate)
-    + (operator.truediv, torch.div)
+    {
+        *(
+            torch.flatten,
+            torch.reshape,
+            torch.permute,
+            torch.transpose,
+            torch.squeeze,
+            torch.unsqueeze,
+            torch.movedim,
+            torch.mean,
+            torch.neg,
+            torch.div,
+        ),
+        *(F.dropout, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad, F.interpolate),
+        *(operator.neg, operator.getitem, operator.truediv),
+    }
 )
 _CARRYING_METHODS = frozenset(
-    "flatten reshape view permute transpose squeeze unsqueeze contiguous expand mean clone to float double half type_as repeat movedim div neg chunk split unflatten".split()
+    {
+        *("flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "expand", "repeat", "movedim", "unflatten"),
+        *("mean", "clone", "to", "float", "double", "half", "type_as", "div", "neg", "chunk", "split"),
+    }
 )
 _HOMOGENEOUS_FUNCTIONS: frozenset[object] = frozenset((F.relu, torch.relu, F.leaky_relu, F.max_pool2d, F.adaptive_max_pool2d))
 _ADDS: frozenset[object] = frozenset((operator.add, operator.iadd, torch.add, "add", "add_"))
@@ -105,7 +120,8 @@ class Graph:
 
 def is_weight_normed(module: nn.Module) -> bool:
     """Whether torch's weight_norm splits this module's weight into a gain and a direction."""
-    return parametrize.is_parametrized(module, "weight") and any(isinstance(step, _WeightNorm) for step in module.parametrizations["weight"])  # type: ignore[union-attr, arg-type]
+    steps = getattr(module, "parametrizations", {})
+    return "weight" in steps and any(isinstance(step, _WeightNorm) for step in steps["weight"])
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -134,7 +150,7 @@ def trace_module(model: nn.Module) -> tuple[fx.GraphModule, Graph]:
     nodes: list[Node] = []
     ancestors: list[int] = []
     for step in graph.nodes:
-        node = _node(step, len(nodes), indices, nodes, ancestors, model)
+        node = _node(step, len(nodes), indices, ancestors, model)
         indices[step] = node.index
         nodes.append(node)
         reached = 0 if node.parameter else 1 << node.index
@@ -145,7 +161,7 @@ def trace_module(model: nn.Module) -> tuple[fx.GraphModule, Graph]:
     return fx.GraphModule(model, graph), Graph(tuple(nodes), tuple(ancestors), outputs)
 
 
-def _node(step: fx.Node, index: int, indices: dict[fx.Node, int], nodes: list[Node], ancestors: list[int], model: nn.Module) -> Node:
+def _node(step: fx.Node, index: int, indices: dict[fx.Node, int], ancestors: list[int], model: nn.Module) -> Node:
     inputs = tuple(indices[before] for before in step.all_input_nodes)
     if step.op == "call_module":
         return _of_module(str(step.target), model.get_submodule(str(step.target)), index, inputs)
@@ -197,5 +213,3 @@ def _attribute(model: nn.Module, path: str) -> object:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-

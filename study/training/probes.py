@@ -1,9 +1,10 @@
 """Probes: what else a trial may measure once, at its end.
 
-    class_error    {"0": 0.02, "1": 0.11, ...}             error of each class
-    branch_ratio   {"layer1.0": 0.8, "layer1.1": 0.4}      variance of branch over shortcut, of each residual sum
+class_error    {"0": 0.02, "1": 0.11, ...}             error of each class
+branch_ratio   {"layer1.0": 0.8, "layer1.1": 0.4}      variance of branch over shortcut, of each residual sum
 """
 
+import torch
 from torch import Tensor, fx, nn
 
 from study.errors import ModelError
@@ -25,7 +26,7 @@ def probe(name: str, model: nn.Module, images: Tensor, labels: Tensor) -> dict[s
 def class_error(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
     """The share of each class's images that are misclassified."""
     wrong = (model(images).argmax(1) != labels).float()
-    return {str(int(label)): float(wrong[labels == label].mean()) for label in labels.unique()}
+    return {str(int(label)): float(wrong[labels == label].mean()) for label in torch.unique(labels)}
 
 
 def branch_ratio(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from study.errors import ModelError, UnclaimedParameter, UnknownPlace
-from study.trial import PLACES
 from study.training.graph import Graph, Node, is_norm, is_weight_normed, trace
+from study.trial import PLACES
 
 UNKNOWN = "unknown"
 """Place of a gain that the computation does not tell."""
@@ -157,7 +157,9 @@ def _role_of_bare(name: str, graph: Graph) -> Role | None:
 def _with_known_places(roles: Sequence[ParameterRole], places: Mapping[str, str], failure: str) -> list[ParameterRole]:
     for pattern in places:
         if not any(role.role is Role.GAIN and fnmatchcase(role.name, pattern) for role in roles):
-            raise ModelError(f"matches no gain of the model (got {pattern!r})", where="model.places", remedy="use a pattern of a gain's name, see `study plan`")
+            raise ModelError(
+                f"matches no gain of the model (got {pattern!r})", where="model.places", remedy="use a pattern of a gain's name, see `study plan`"
+            )
     named = [_named(role, places) for role in roles]
     unknown = [role.name for role in named if role.role is Role.GAIN and role.place == UNKNOWN]
     if unknown:
@@ -229,7 +231,9 @@ def _place(norm: Node, sums: Sequence[ResidualSum], graph: Graph) -> str:
     around = [residual for residual in sums if any(node.index == index for node in graph.between(residual.start, residual.branch))]
     if around:
         innermost = max(around, key=lambda residual: residual.start)
-        later = (node.is_weight and node.index != index and graph.depends(node.index, index) for node in graph.between(innermost.start, innermost.branch))
+        later = (
+            node.is_weight and node.index != index and graph.depends(node.index, index) for node in graph.between(innermost.start, innermost.branch)
+        )
         return "inner" if any(later) else UNKNOWN
     flows_into_sum = any(graph.depends(residual.sum, index) for residual in sums)
     normalized = next((residual for residual in sums if residual.sum == graph.source(norm.inputs[0])), None)

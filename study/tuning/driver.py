@@ -1,7 +1,7 @@
 """Driver: runs a study from its spec to its best config.
 
-    spec ─ folder ─ preflight ─ MLflow ─┬─ Tune: searcher ─> trials ─> ledger ─> recorder ─┬─ table, best.yaml ─> StudyResult
-                                        └─ Ctrl-C, budget: trials end as what they are ────┘
+spec ─ folder ─ preflight ─ MLflow ─┬─ Tune: searcher ─> trials ─> ledger ─> recorder ─┬─ table, best.yaml ─> StudyResult
+                                    └─ Ctrl-C, budget: trials end as what they are ────┘
 """
 
 import json
@@ -19,11 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.errors import Interrupted
+from study.errors import Interrupted, TrackingUnavailable
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
 from study.spec import ObjectiveSpec, StudySpec
+from study.tracking.names import masked
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, git_commit
 from study.trial import TrialSpec, flatten
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 PACKAGES = ("effective-lr-study", "torch", "ray", "optuna", "mlflow", "pydantic", "numpy")
 """Whose versions are remembered with a study."""
 
-Watch = Callable[[StudyFolder], AbstractContextManager[None]]
-"""Shows the progress of a study while it runs."""
+Watch = Callable[[StudyFolder, threading.Event], AbstractContextManager[None]]
+"""Shows the progress of a study while it runs; the event is set once the user has asked it to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +70,39 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
     base = home_path(home)
     folder = StudyFolder.prepare(base, spec)
     with folder.running():
-        if folder.card().state == "finished" and folder.best.exists() and len(Outbox(folder.path).records()) >= spec.search.trials:
+        if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= spec.search.trials:
             return _read(folder)
         audit(spec)
-        recorder = Recorder(folder.path, tracking_uri_for(base, tracking_uri), spec, folder.card().study_id, engine="solo")
-        folder.update(run_id=recorder.open(), state="running")
-        recorder.start()
-        try:
-            with _interruptible() as interrupt, (watch or _unwatched)(folder):
-                _search(spec, folder, interrupt)
-        finally:
-            recorder.close()
+        store = tracking_uri_for(base, tracking_uri)
+        recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine="solo")
+        folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
+        with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
+            _search(spec, folder, interrupt)
         if interrupt.is_set():
-            return _interrupted(spec, folder, recorder)
-        return _conclude(spec, folder, recorder)
+            raise _interrupted(spec, folder, recorder)
+        result, artifacts = _conclude(spec, folder)
+        if undelivered:
+            raise undelivered[0]
+        recorder.finish("finished" if result.best else "failed", artifacts)
+        folder.update(state="finished" if result.best else "failed")
+        return result
 
 
-def _unwatched(folder: StudyFolder) -> AbstractContextManager[None]:
+@contextmanager
+def _recording(recorder: Recorder) -> Iterator[list[TrackingUnavailable]]:
+    """Brings what happens to MLflow meanwhile; what could not be brought is yielded, so that the study's own files are written first."""
+    undelivered: list[TrackingUnavailable] = []
+    recorder.start()
+    try:
+        yield undelivered
+    finally:
+        try:
+            recorder.close()
+        except TrackingUnavailable as error:
+            undelivered.append(error)
+
+
+def _unwatched(folder: StudyFolder, interrupt: threading.Event) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -99,7 +116,8 @@ def _search(spec: StudySpec, folder: StudyFolder, interrupt: threading.Event) ->
         if trial_id in outbox.orphans():
             settle(outbox, folder.path, trial_id, ending, value)
     left = [(proposal, _history(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
-    tune_study(spec, folder.path, search, outbox, left, interrupt)
+    if left or search.unasked:
+        tune_study(spec, folder.path, search, outbox, left, interrupt)
     cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
     for proposal in search.running():
         history = [objective for _, objective in _history(outbox, proposal.trial_id, spec.objective)]
@@ -146,7 +164,7 @@ def tune_study(
             scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
             stop=_stopper(spec, interrupt),
             callbacks=[LedgerCallback(outbox, folder)],
-            num_samples=spec.search.trials + len(left),
+            num_samples=search.unasked + len(left),
             resources_per_trial={"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
             reuse_actors=True,
             max_failures=2,
@@ -239,28 +257,30 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def _interrupted(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> StudyResult:
+def _interrupted(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> Interrupted:
     folder.update(state="interrupted")
     recorder.finish("interrupted", [folder.spec])
     ended = len([record for record in Outbox(folder.path).records() if record.outcome is not Outcome.INTERRUPTED])
-    raise Interrupted(f"the study was interrupted after {ended} of {spec.search.trials} trials", where=spec.name, remedy="the same command continues it")
+    return Interrupted(
+        f"the study was interrupted after {ended} of {spec.search.trials} trials", where=spec.name, remedy="the same command continues it"
+    )
 
 
-def _conclude(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> StudyResult:
-    """Writes the table, the best config and the environment, and closes the study's MLflow run."""
+def _conclude(spec: StudySpec, folder: StudyFolder) -> tuple[StudyResult, list[Path]]:
+    """Writes the table, the best config and the environment; returns them as files, too."""
     records = Outbox(folder.path).records()
     table = trial_table(records)
     table.to_parquet(folder.table)
     environment = folder.path / "environment.json"
-    environment.write_text(json.dumps({"versions": versions(), "platform": platform.platform(), "cores": os.cpu_count(), "git_commit": git_commit()}, indent=2))
+    environment.write_text(
+        json.dumps({"versions": versions(), "platform": platform.platform(), "cores": os.cpu_count(), "git_commit": git_commit()}, indent=2)
+    )
     best, artifacts = _best(spec, folder, records), [folder.spec, folder.table, environment]
     if best is not None:
         best.save(folder.best)
         artifacts.append(folder.best)
     artifacts += _kept_weights(folder, records, best)
-    recorder.finish("finished" if best else "failed", artifacts)
-    folder.update(state="finished" if best else "failed")
-    return StudyResult(folder.card().study_id, best, table)
+    return StudyResult(folder.card().study_id, best, table), artifacts
 
 
 def _best(spec: StudySpec, folder: StudyFolder, records: list[TrialRecord]) -> BestConfig | None:
@@ -300,7 +320,8 @@ def _read(folder: StudyFolder) -> StudyResult:
 
     from study.results.best import read_best
 
-    return StudyResult(folder.card().study_id, read_best(folder.best), pd.read_parquet(folder.table))
+    best = read_best(folder.best) if folder.best.exists() else None
+    return StudyResult(folder.card().study_id, best, pd.read_parquet(folder.table))
 
 
 def trial_table(records: list[TrialRecord]) -> "pd.DataFrame":
@@ -325,4 +346,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-

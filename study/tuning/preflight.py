@@ -37,7 +37,14 @@ class Audit:
             for planned in self.plan
         ]
         forecast = {"steps_per_trial": self.steps_per_trial, "steps": self.steps_per_trial * self.trials}
-        return {"trials": self.trials, "arms": list(self.arms), "forecast": forecast, "parameters": parameters, "compare": {}, "warnings": list(self.warnings)}
+        return {
+            "trials": self.trials,
+            "arms": list(self.arms),
+            "forecast": forecast,
+            "parameters": parameters,
+            "compare": {},
+            "warnings": list(self.warnings),
+        }
 
 
 def audit(spec: StudySpec) -> Audit:
@@ -68,7 +75,9 @@ def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[s
             if absent := absent_places(roles, policy):
                 found.append(f"optimizer.gamma: {policy}: the model has no gain at {' or '.join(absent)}; the rest of the policy is applied")
     if not any(role.scale_invariant for role in roles if role.role is Role.WEIGHT):
-        found.append("no weight of this model is scale-invariant: its effective learning rates have no expected rotation, medians are over all weights")
+        found.append(
+            "no weight of this model is scale-invariant: its effective learning rates have no expected rotation, medians are over all weights"
+        )
     if steps <= 5 * spec.trial.trace.every:
         found.append(f"trace.every {spec.trial.trace.every} samples at most {steps // spec.trial.trace.every} of a trial's {steps} steps; lower it")
     return found
@@ -77,5 +86,3 @@ def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[s
 def _policies(spec: StudySpec, trial: TrialSpec) -> list[str]:
     axis = spec.space.get("optimizer.gamma")
     return [str(choice) for choice in axis.choices or ()] if axis else [trial.optimizer.gamma]
-
-

@@ -96,10 +96,18 @@ class Search:
                 found[self.trial_id(frozen.number * len(self.arms) + arm)] = (ending, said["value"])
         return found
 
+    @property
+    def unasked(self) -> int:
+        """How many trials are left to propose."""
+        planned = self.spec.search.trials
+        if self._points is not None:
+            planned = min(planned, len(self._points) * len(self.arms))
+        return max(0, planned - self._next)
+
     def ask(self) -> Proposal | None:
         """The next trial, or None when all have been proposed."""
         number = self._next
-        if number >= self.spec.search.trials or (self._points is not None and number // len(self.arms) >= len(self._points)):
+        if not self.unasked:
             return None
         self._next += 1
         study, local = self._studies[number % len(self.arms)], number // len(self.arms)
@@ -207,21 +215,15 @@ def _suggested(trial: optuna.Trial, path: str, axis: Axis, integer: bool) -> Any
     return trial.suggest_float(path, float(axis.low), float(axis.high), step=axis.step, log=axis.log)
 
 
-def _distribution(path: str, axis: Axis, integer: bool) -> optuna.distributions.BaseDistribution:
-    if axis.choices is not None:
-        return optuna.distributions.CategoricalDistribution(list(axis.choices))
-    assert axis.low is not None and axis.high is not None
-    if integer:
-        return optuna.distributions.IntDistribution(int(axis.low), int(axis.high), axis.log, int(axis.step or 1))
-    return optuna.distributions.FloatDistribution(float(axis.low), float(axis.high), axis.log, axis.step)
-
-
 def _sobol_point(spec: StudySpec, local: int) -> Assignment:
     """Point number `local` of a scrambled Sobol sequence over the nuisance axes, the same in every arm."""
     axes = spec.nuisance
     sequence = qmc.Sobol(len(axes), scramble=True, rng=_seed(spec.search.seed, -1))
     unit = sequence.fast_forward(local).random(1)[0] if local else sequence.random(1)[0]
-    return {path: _at(axis, spec.integer(path) if axis.choices is None else False, float(share)) for (path, axis), share in zip(axes.items(), unit, strict=True)}
+    return {
+        path: _at(axis, spec.integer(path) if axis.choices is None else False, float(share))
+        for (path, axis), share in zip(axes.items(), unit, strict=True)
+    }
 
 
 def _at(axis: Axis, integer: bool, share: float) -> Any:
@@ -263,7 +265,7 @@ class JournalSearcher(Searcher):
         self._waiting = list(resumed)
         self._trial_ids: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The config of the next trial, or FINISHED."""
         if self._waiting:
             proposal, history = self._waiting.pop(0)

@@ -27,7 +27,9 @@ History = Sequence[tuple[int, float]]
 """Epoch and objective of a trial's measurements, oldest first."""
 
 
-def stopping(spec: StoppingSpec, direction: str, epochs: int, ended: Sequence[tuple[str, History]] = (), resumed: Mapping[str, History] | None = None) -> "ArmScheduler":
+def stopping(
+    spec: StoppingSpec, direction: str, epochs: int, ended: Sequence[tuple[str, History]] = (), resumed: Mapping[str, History] | None = None
+) -> "ArmScheduler":
     """The scheduler that a spec asks for.
 
     Args:
@@ -45,7 +47,7 @@ def stopping(spec: StoppingSpec, direction: str, epochs: int, ended: Sequence[tu
                 return AsyncHyperBandScheduler(EPOCH, OBJECTIVE, mode, max_t=epochs, grace_period=spec.grace, reduction_factor=spec.reduction)
             case "median":
                 return MedianStoppingRule(EPOCH, OBJECTIVE, mode, grace_period=spec.grace, min_time_slice=float("inf"))  # type: ignore[arg-type]
-        return FIFOScheduler()
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
 
     return ArmScheduler(build, ended, resumed or {}, shared=not spec.within_arm)
 
@@ -63,8 +65,10 @@ class ArmScheduler(FIFOScheduler):
     Without the replay a resumed study would judge its first trials against empty rungs.
     """
 
-    def __init__(self, build: Callable[[], TrialScheduler], ended: Sequence[tuple[str, History]], resumed: Mapping[str, History], *, shared: bool) -> None:
-        super().__init__()
+    def __init__(
+        self, build: Callable[[], TrialScheduler], ended: Sequence[tuple[str, History]], resumed: Mapping[str, History], *, shared: bool
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._build, self._resumed, self._shared = build, dict(resumed), shared
         self._waiting_to_replay = list(ended)
         self._arms: dict[str, TrialScheduler] = {}

@@ -1,6 +1,6 @@
 """What one would write without this project: Ray Tune, its OptunaSearch and its MLflow callback around a bare training loop.
 
-    python -m tests.benchmarks.plain_tune FOLDER TRIALS EPOCHS [--reuse]
+python -m tests.benchmarks.plain_tune FOLDER TRIALS EPOCHS [--reuse]
 """
 
 import os

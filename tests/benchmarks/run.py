@@ -1,11 +1,11 @@
 """Benchmarks, as ratios within one run: what the service costs over doing the same by hand.
 
-    python tests/benchmarks/run.py              all of them
-    python tests/benchmarks/run.py solo         one of them
+python tests/benchmarks/run.py              all of them
+python tests/benchmarks/run.py solo         one of them
 
-    name      ratio                                                                          target
-    solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05
-    study     `study run` over plain Ray Tune with its OptunaSearch and MLflow callback      at most 1.00
+name      ratio                                                                          target
+solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05
+study     `study run` over plain Ray Tune with its OptunaSearch and MLflow callback      at most 1.00
 """
 
 import statistics

@@ -14,7 +14,12 @@ from pathlib import Path
 PAIRS = 3
 TRIALS, EPOCHS = 16, 9
 SPEC = Path(__file__).parents[2] / "search_spaces" / "quickstart.yaml"
-OVERRIDES = {"search.trials": TRIALS, "trial.schedule.epochs": EPOCHS, "stopping.scheduler": "none", "space.optimizer.gamma": "{choices: [none, all]}"}
+OVERRIDES = {
+    "search.trials": TRIALS,
+    "trial.schedule.epochs": EPOCHS,
+    "stopping.scheduler": "none",
+    "space.optimizer.gamma": "{choices: [none, all]}",
+}
 
 
 def measure() -> Iterator[tuple[str, list[float], str]]:

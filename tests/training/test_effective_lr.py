@@ -104,7 +104,7 @@ def test_tracing_changes_no_bit_of_the_training() -> None:
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("power, build", [(2, lambda p: SGD(p, lr=0.1, weight_decay=0.05)), (1, lambda p: AdamW(p, lr=0.01, weight_decay=0.05))])
+@pytest.mark.parametrize(("power", "build"), [(2, lambda p: SGD(p, lr=0.1, weight_decay=0.05)), (1, lambda p: AdamW(p, lr=0.01, weight_decay=0.05))])
 def test_a_sample_is_what_the_saved_weights_say(power: int, build: object) -> None:
     model = net()
     optimizer: Optimizer = build(model.parameters())  # type: ignore[operator]

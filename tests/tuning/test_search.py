@@ -121,7 +121,11 @@ def test_running_trials_are_issued_again_with_the_values_that_they_had(tmp_path:
 
 def test_more_trials_continue_the_numbers(tmp_path: Path) -> None:
     assert len(asked(Search(spec(trials=3), tmp_path / "journal.log"))) == 3
-    assert [proposal.trial_id for proposal in asked(Search(spec(trials=6), tmp_path / "journal.log"))] == ["bridge-0003", "bridge-0004", "bridge-0005"]
+    assert [proposal.trial_id for proposal in asked(Search(spec(trials=6), tmp_path / "journal.log"))] == [
+        "bridge-0003",
+        "bridge-0004",
+        "bridge-0005",
+    ]
 
 
 def test_a_grid_visits_every_combination_once_in_every_arm(tmp_path: Path) -> None:

@@ -33,14 +33,14 @@ def test_without_a_scheduler_every_trial_goes_on() -> None:
     assert report(scheduler, add(scheduler, "x"), 5, 1e9) == TrialScheduler.CONTINUE
 
 
-@pytest.mark.parametrize("direction, good, bad", [("minimize", 0.1, 0.9), ("maximize", 0.9, 0.1)])
+@pytest.mark.parametrize(("direction", "good", "bad"), [("minimize", 0.1, 0.9), ("maximize", 0.9, 0.1)])
 def test_asha_stops_the_worse_half_at_a_rung(direction: str, good: float, bad: float) -> None:
     scheduler = stopping(ASHA, direction, 8)
     assert report(scheduler, add(scheduler, "x"), 1, good) == TrialScheduler.CONTINUE
     assert report(scheduler, add(scheduler, "y"), 1, bad) == TrialScheduler.STOP
 
 
-@pytest.mark.parametrize("within_arm, decision", [(True, TrialScheduler.CONTINUE), (False, TrialScheduler.STOP)])
+@pytest.mark.parametrize(("within_arm", "decision"), [(True, TrialScheduler.CONTINUE), (False, TrialScheduler.STOP)])
 def test_an_arm_that_learns_fast_stops_no_other_arm_unless_asked_to(within_arm: bool, decision: str) -> None:
     scheduler = stopping(ASHA.model_copy(update={"within_arm": within_arm}), "minimize", 8)
     report(scheduler, add(scheduler, "fast", "a"), 1, 0.1)
