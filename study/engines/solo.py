@@ -101,7 +101,7 @@ class _SoloTrial:
         self.model: nn.Module = model.to(device, self.dtype)
         self.roles = parameter_roles(self.model, trial.model.places)
         absent_places(self.roles, trial.optimizer.gamma)
-        self.optimizer = optimizer_for(self.model, decay_plan(self.roles, trial.optimizer), trial.optimizer)
+        self.optimizer = optimizer_for(self.model, decay_plan(self.roles, trial.optimizer), trial.optimizer, fused=True)
         self.total_steps = trial.schedule.epochs * self.steps_per_epoch
         self.scheduler = build_scheduler(self.optimizer, trial.schedule, self.total_steps)
         self.tracer = EffectiveLR(self.model, self.optimizer, trial.trace.every, roles=self.roles)
@@ -136,7 +136,7 @@ class _SoloTrial:
         return Progress(self.trial_id, measurement, ending)
 
     def _train_epoch(self) -> tuple[dict[str, float], list[LayerSample]]:
-        losses, errors = [], []
+        losses, wrong = [], []
         samples: list[LayerSample] = []
         self.model.train()
         with _own_randomness(self):
@@ -144,7 +144,7 @@ class _SoloTrial:
                 images, labels = self.data.train_images[indices], self.data.train_labels[indices]
                 loss, logits = self._step(augmented(images, self.trial.data.augment, self.augmentation), labels)
                 losses.append(loss)
-                errors.append((logits.argmax(1) != labels).float().mean())
+                wrong.append(logits.argmax(1) != labels)
                 self.step += 1
                 if sample := self.tracer.sample():
                     samples += sample.values()
@@ -152,7 +152,7 @@ class _SoloTrial:
             self.first_loss = float(losses[0])
         lr, decay = self.optimizer.param_groups[0]["lr"], self.trial.optimizer.weight_decay
         self_reported = {"lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
-        return {"train/loss": float(torch.stack(losses).mean()), "train/error": float(torch.stack(errors).mean()), **self_reported}, samples
+        return {"train/loss": float(torch.stack(losses).mean()), "train/error": float(torch.stack(wrong).to(self.dtype).mean()), **self_reported}, samples
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()

@@ -127,18 +127,22 @@ def plan_for(model: nn.Module, optimizer: OptimizerSpec) -> list[Planned]:
     return decay_plan(roles, optimizer)
 
 
-def optimizer_for(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec) -> Optimizer:
-    """The optimizer that interprets a plan."""
+def optimizer_for(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec, *, fused: bool | None = None) -> Optimizer:
+    """The optimizer that interprets a plan.
+
+    Args:
+        fused: Update all parameters in one kernel, where torch has one; None leaves the choice to torch.
+    """
     groups = _groups(model, plan, optimizer)
     match optimizer.rule, optimizer.form:
         case "sgd", "coupled":
-            built: Optimizer = SGD(groups)
+            built: Optimizer = SGD(groups, fused=fused)
         case "sgd", "decoupled":
             return DecoupledSGD(groups, lr=optimizer.lr)
         case _, "coupled":
-            built = Adam(groups)
+            built = Adam(groups, fused=fused)
         case _:
-            built = AdamW(groups)
+            built = AdamW(groups, fused=fused)
     if any(planned.anchor for planned in plan):
         if optimizer.form == "coupled":
             built.register_step_pre_hook(_pull_gradients)
