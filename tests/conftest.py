@@ -1,4 +1,9 @@
-"""Tracking stores for tests: an empty SQLite store for each test, and a real server for a module."""
+"""What tests share: empty MLflow stores and real servers, and the finished quickstart, run once for all who look at it.
+
+mlflow_database ──> tracking_uri      a SQLite store of the test's own
+                └─> mlflow_server     a server for a module
+quickstart_home ──> quickstart_server
+"""
 
 import os
 import shutil
@@ -9,9 +14,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
+"""The project's folder."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,15 +49,52 @@ def mlflow_server(mlflow_database: Path, tmp_path_factory: pytest.TempPathFactor
     """The address of a real MLflow server on loopback, with an empty store of its own."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(mlflow_database, folder / "mlflow.db")
+    with serving(f"sqlite:///{folder}/mlflow.db", folder, "--artifacts-destination", str(folder / "artifacts")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def quickstart_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study home with the finished quickstart, run once for all tests as a user runs it; more than a minute."""
+    home = tmp_path_factory.mktemp("quickstart")
+    run_study("run", "search_spaces/quickstart.yaml", "--home", str(home), timeout=280)
+    return home
+
+
+@pytest.fixture(scope="session")
+def quickstart_server(quickstart_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real MLflow server on loopback, on the store of the finished quickstart."""
+    with serving(f"sqlite:///{quickstart_home}/mlflow.db", tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+def run_study(*arguments: str, timeout: float = 120) -> str:
+    """Runs the command line in a process of its own, in the project's folder, and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "study", *arguments], cwd=ROOT, env=own_environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"study {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def own_environment() -> dict[str, str]:
+    """This environment without what would send a study elsewhere; this tree comes first, installed or not."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("STUDY_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    return {**kept, "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@contextmanager
+def serving(store: str, folder: Path, *options: str) -> Iterator[str]:
+    """The address of a real MLflow server on loopback while the block runs; its log goes into the folder."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     host, port = address.split(":")
-    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
     with (folder / "log.txt").open("wb") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1", *places],
+            [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1", "--backend-store-uri", store, *options],
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
