@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from study.errors import StudyError
 from study.home import StudyFolder, home_path
 from study.results.plots import comparison_figure, save
 
@@ -37,7 +38,10 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="folder of all studies (default: $STUDY_HOME, else ./studies)")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("effective_lr.svg"), help="file to write")
     options = parser.parse_args()
-    traces = best_of_arms(StudyFolder.find(home_path(options.home), STUDY))
+    try:
+        traces = best_of_arms(StudyFolder.find(home_path(options.home), STUDY))
+    except StudyError as error:
+        parser.exit(2, f"{error}\n")
     save(comparison_figure({title(arm): trace for arm, trace in traces.items()}), options.output)
     print(options.output)
 

@@ -64,7 +64,7 @@ def load_best(source: str | Path, *, home: str | Path | None = None, tracking_ur
     """The best config of a file, of a study in the home, or of an MLflow run.
 
     Args:
-        source: A best.yaml, the name of a study, or the id of a trial's or a study's MLflow run.
+        source: A best.yaml, the name of a study, or the id (32 hexadecimal digits) of a trial's or a study's MLflow run.
         home: The study home. Default: `$STUDY_HOME`, else `./studies`.
         tracking_uri: The MLflow store of the run. Default: `$MLFLOW_TRACKING_URI`, else SQLite in the home.
 
@@ -74,11 +74,11 @@ def load_best(source: str | Path, *, home: str | Path | None = None, tracking_ur
         ImportError: if the source is a run and the [service] extra is not installed.
     """
     from study.home import home_path, tracking_uri_for
+    from study.problems import validated
     from study.results.best import BestConfig, is_file
     from study.results.best import load_best as of_file_or_study
-    from study.spec import validated
 
-    if is_file(source) or not (tracking_uri or re.fullmatch(r"[0-9a-f]{32}", str(source))):
+    if is_file(source) or re.fullmatch(r"[0-9a-f]{32}", str(source)) is None:
         return of_file_or_study(source, home)
     archive = _module("study.tracking.archive", "study.load_best of a run", "service")
     found = archive.best_of_run(str(source), tracking_uri_for(home_path(home), tracking_uri))

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 try:
     import typer
@@ -32,7 +32,8 @@ except ModuleNotFoundError:
 
 from study import display, errors
 from study.home import StudyFolder, home_path, tracking_uri_for
-from study.results.best import BestConfig, document, export
+from study.results.best import BestConfig, document
+from study.results.export import WITH_A_MODEL, Target, export
 from study.space import arm_label
 from study.spec import PRODUCT, StudySpec, load_spec
 from study.tracking.names import masked
@@ -63,6 +64,9 @@ Sets: TypeAlias = Annotated[
 Home: TypeAlias = Annotated[Path | None, typer.Option("--home", metavar="DIR", help="Folder of all studies. Default: $STUDY_HOME, else ./studies.")]
 TrackingUri: TypeAlias = Annotated[
     str | None, typer.Option("--tracking-uri", metavar="URI", help="MLflow store. Default: $MLFLOW_TRACKING_URI, else SQLite in the home.")
+]
+Compare: TypeAlias = Annotated[
+    str, typer.Option(metavar="LIBRARIES", help="Set their defaults beside it: torch,timm,hf,torchvision,torchvision-recipe,fastai, or all.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -143,13 +147,14 @@ def validate(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False)
 
 
 @app.command()
-def plan(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False) -> None:
+def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", as_json: Json = False) -> None:
     """Dry run: trials, arms, steps, and what decay does to each parameter."""
     spec = load_spec(spec_file, overrides or ())
+    libraries = [word.strip() for word in compare.split(",") if word.strip()]
     with _prints_on_stderr():
         from study.tuning.preflight import audit
 
-        audited = audit(spec).document()
+        audited = audit(spec, None if libraries == ["all"] else libraries).document()
     _answer(as_json, audited, display.plan_view(audited, spec.trial.optimizer))
 
 
@@ -206,18 +211,26 @@ def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_jso
 @app.command("export")
 def export_best(
     name: Best,
-    to: Annotated[Literal["yaml", "json"], typer.Option("--to", help="In whose terms.")] = "yaml",
+    to: Annotated[Target, typer.Option("--to", help="In whose terms.")] = "yaml",
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file instead of stdout.")] = None,
     home: Home = None,
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Print the best config of a study for another project."""
-    text = export(_load_best(name, home, tracking_uri), to)
+    config, model = _load_best(name, home, tracking_uri), None
+    if to in WITH_A_MODEL:
+        with _prints_on_stderr():
+            from study.tuning.preflight import model_plan
+
+            model = model_plan(config.trial)
+    exported = export(config, to, model)
+    for warning in exported.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(exported.text)
         return
     try:
-        output.write_text(text, encoding="utf-8")
+        output.write_text(exported.text, encoding="utf-8")
     except OSError as error:
         raise errors.HomeError(f"cannot be written ({error.strerror})", where=str(output), remedy="choose another with -o") from None
     print(f"written to {output}", file=sys.stderr)

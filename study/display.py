@@ -267,14 +267,32 @@ def plan_view(document: Document, optimizer: OptimizerSpec) -> RenderableType:
         "rate",
         "anchor",
         "group",
+        *document["compare"],
         right=("rate", "anchor"),
         title=f"decay in the base trial (gamma {optimizer.gamma}, weight_decay {number(optimizer.weight_decay)}, shift {optimizer.shift})",
     )
     for row in document["parameters"]:
-        anchor = number(row["anchor"]) if row["rate"] else "-"
-        table.add_row(row["name"], row["role"], row["place"] or "-", number(row["rate"]), anchor, row["group"])
+        anchor = "-" if not row["rate"] else row["anchor"] if isinstance(row["anchor"], str) else number(row["anchor"])
+        beside = (_treatment(row["name"], library) for library in document["compare"].values())
+        table.add_row(row["name"], row["role"], row["place"] or "-", number(row["rate"]), anchor, row["group"], *beside)
+    gains = sum(row["role"] == "gain" for row in document["parameters"])
+    counts = [Text(_difference(name, library, gains, len(document["parameters"]))) for name, library in document["compare"].items()]
     warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in document["warnings"]]
-    return Group(Text(f"{document['trials']} trials{share}"), Text(steps), table, *warnings)
+    return Group(Text(f"{document['trials']} trials{share}"), Text(steps), table, *counts, *warnings)
+
+
+def _treatment(name: str, library: Document) -> Text:
+    """What a library's default does to a parameter; `*` where the study's policy does something else."""
+    done = "decay" if name in library["decayed"] else "exempt" if name in library["exempt"] else "frozen"
+    differs = name in library["differences"]
+    return Text(f"{done} *" if differs else done, style="yellow" if differs else "")
+
+
+def _difference(name: str, library: Document, gains: int, parameters: int) -> str:
+    return (
+        f"{name}: decays {library['gains_decayed']} of {gains} gains; "
+        f"differs from this policy on {library['differs_on_gains']} gains, and on {library['differs']} of all {parameters} parameters (*)"
+    )
 
 
 def best_view(document: Document, varied: Mapping[str, object]) -> RenderableType:

@@ -12,17 +12,20 @@ studies/
     └── best.yaml               the best config
 """
 
-import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
+from study.document import write_whole
 from study.errors import HomeError, NameTaken, NotFound
+from study.problems import in_words
+from study.space import Frozen
 from study.spec import StudySpec, load_spec
 
 State = Literal["running", "finished", "interrupted", "failed"]
@@ -38,8 +41,7 @@ def tracking_uri_for(home: Path, tracking_uri: str | None = None) -> str:
     return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(Frozen):
     """What a study is, and how its last start ended."""
 
     study_id: str
@@ -67,11 +69,10 @@ class StudyFolder:
         Raises:
             NotFound: if the home has no study of that name.
         """
-        folder = cls(home / name)
-        if name not in {found.path.name for found in cls.all(home)}:
-            known = ", ".join(found.path.name for found in cls.all(home)) or "none"
-            raise NotFound(f"no study of this name (got {name!r})", where=str(home), remedy=f"studies here: {known}")
-        return folder
+        known = [folder.path.name for folder in cls.all(home)]
+        if name not in known:
+            raise NotFound(f"no study of this name (got {name!r})", where=str(home), remedy=f"studies here: {', '.join(known) or 'none'}")
+        return cls(home / name)
 
     @classmethod
     def all(cls, home: Path) -> list["StudyFolder"]:
@@ -83,7 +84,7 @@ class StudyFolder:
         """The folder of a spec, made on its first start.
 
         Raises:
-            HomeError: if the home cannot be written.
+            HomeError: if the home cannot be written, or the card of an earlier start is damaged.
             NameTaken: if the name belongs to a study that varies or trains something else.
         """
         folder = cls(home / spec.name)
@@ -91,7 +92,8 @@ class StudyFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             if not folder._card.exists():
                 identity = f"{spec.name}-{secrets.token_hex(4)}"
-                folder._write(Card(identity, spec.name, spec.spec_hash(), "interrupted", datetime.now(UTC).isoformat(timespec="seconds")))
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                folder._write(Card(study_id=identity, name=spec.name, spec_hash=spec.spec_hash(), state="interrupted", created=created))
             (folder.path / "trials").mkdir(exist_ok=True)
         except OSError as error:
             raise HomeError(
@@ -103,7 +105,7 @@ class StudyFolder:
                 where=str(folder.path),
                 remedy="give the changed study another name, or delete the folder of the old one",
             )
-        folder.spec.write_text(spec.to_yaml())
+        write_whole(folder.spec, spec.to_yaml())
         return folder
 
     @property
@@ -111,18 +113,32 @@ class StudyFolder:
         return self.path / "study.json"
 
     def card(self) -> Card:
-        """Identity and state; a study that nobody runs any more counts as interrupted."""
-        card = Card(**json.loads(self._card.read_text()))
-        return replace(card, state="interrupted") if card.state == "running" and not self.is_running() else card
+        """Identity and state; a study that nobody runs any more counts as interrupted.
+
+        Raises:
+            HomeError: if the card is damaged.
+        """
+        card = self._written()
+        return card.model_copy(update={"state": "interrupted"}) if card.state == "running" and not self.is_running() else card
 
     def update(self, **changes: str) -> None:
         """Writes changed fields of the card, whole or not at all."""
-        self._write(replace(Card(**json.loads(self._card.read_text())), **changes))  # type: ignore[arg-type]
+        self._write(Card.model_validate({**self._written().model_dump(), **changes}))
+
+    def _written(self) -> Card:
+        """The card as it was written last."""
+        try:
+            return Card.model_validate_json(self._card.read_bytes())
+        except OSError as error:
+            message = f"cannot be read ({error.strerror})"
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            message = ": ".join(("is damaged", *map(str, first["loc"]), in_words(first)[0]))
+        remedy = "put a copy of it back, or move the study's folder away and run the study anew"
+        raise HomeError(message, where=str(self._card), remedy=remedy)
 
     def _write(self, card: Card) -> None:
-        draft = self._card.with_suffix(".tmp")
-        draft.write_text(json.dumps(asdict(card), indent=2) + "\n")
-        draft.replace(self._card)
+        write_whole(self._card, card.model_dump_json(indent=2) + "\n")
 
     def load_spec(self) -> StudySpec:
         """The spec of the latest start."""

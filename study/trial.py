@@ -188,14 +188,40 @@ class ModelSpec(Frozen):
         return self
 
 
+class ConstraintSpec(Frozen):
+    """What holds weights in place after every optimizer step, instead of decay."""
+
+    name: Literal["none", "rescale", "projection", "volumization", "rotational", "norm_schedule"] = "none"
+    """`rescale` sets the norm of scale-invariant weights to `norm`, `projection` to 1; `volumization` pulls coordinates beyond a box back;
+    `rotational` turns weights by the angle that decay would give at equilibrium; `norm_schedule` gives scale-invariant weights another trial's norms."""
+    norm: Positive = 1.0
+    """Norm of each weight (rescale)."""
+    period: Count = 1
+    """Optimizer steps between rescalings (rescale)."""
+    granularity: Literal["tensor", "filter"] = "tensor"
+    """Whose norm is held: the whole weight's, or that of each output channel (rescale, projection, rotational)."""
+    bound: NonNegative = 0.5
+    """Half the side of the box, in units of the weight's largest initial coordinate (volumization)."""
+    strength: Annotated[Real, Field(ge=-1, le=1)] = 0.0
+    """What a coordinate's distance beyond the box is multiplied by: 1 does nothing, 0 clips, -1 reflects (volumization)."""
+    trace: str | None = None
+    """The trace.parquet of the trial whose norms are taken over (norm_schedule)."""
+
+    @model_validator(mode="after")
+    def _has_a_trace(self) -> "ConstraintSpec":
+        if (self.name == "norm_schedule") != (self.trace is not None):
+            raise ValueError(f"trace belongs to name: norm_schedule, which needs it (got name {self.name}, trace {self.trace or 'null'})")
+        return self
+
+
 class OptimizerSpec(Frozen):
     """The update rule, its step size, and what weight decay does to which parameters.
 
     `gamma` is the gain of a norm layer (its `weight` in torch), never a learning-rate factor or a discount.
     """
 
-    rule: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Update rule, with torch's meaning of weight decay: `sgd` and `adam` add it to the gradient, `adamw` shrinks by lr x weight_decay."""
+    rule: Literal["sgd", "adam", "adamw", "lion"] = "sgd"
+    """Update rule, with torch's meaning of weight decay: `sgd` and `adam` add it to the gradient, `adamw` and `lion` shrink by lr x weight_decay."""
     lr: Positive = 0.1
     """Peak learning rate."""
     weight_decay: NonNegative = 5.0e-4
@@ -207,9 +233,9 @@ class OptimizerSpec(Frozen):
     nesterov: bool = False
     """Nesterov's variant of momentum (sgd)."""
     beta1: Fraction = 0.9
-    """Decay of the first moment (adam, adamw)."""
+    """Decay of the first moment (adam, adamw); share of the old moment in the update (lion)."""
     beta2: Fraction = 0.999
-    """Decay of the second moment (adam, adamw)."""
+    """Decay of the second moment (adam, adamw), or of the moment itself (lion)."""
     eps: Positive = 1.0e-8
     """Added to the root of the second moment (adam, adamw)."""
     decay: Literal["coupled", "decoupled"] | None = None
@@ -220,8 +246,15 @@ class OptimizerSpec(Frozen):
     """Decay strength of the gains that `gamma` names. Default: `weight_decay`."""
     shift: Literal["exempt", "decayed"] = "exempt"
     """Whether decay touches norm shifts and biases."""
+    shift_decay: NonNegative | None = None
+    """Decay strength of shifts and biases, where decay touches them. Default: `weight_decay`."""
     embedding: Literal["decayed", "exempt"] = "decayed"
     """Whether decay touches embeddings, tokens and position tables."""
+    embedding_decay: NonNegative | None = None
+    """Decay strength of embeddings, where decay touches them. Default: `weight_decay`."""
+    target: Literal["zero", "init"] = "zero"
+    """What decay pulls weights, shifts, biases and embeddings towards: zero, or where they were when the optimizer was built."""
+    constraint: ConstraintSpec = Field(default_factory=ConstraintSpec)
     clip: Positive | None = None
     """Largest global gradient norm; none does not clip."""
 
@@ -247,12 +280,19 @@ class OptimizerSpec(Frozen):
     def _is_consistent(self) -> "OptimizerSpec":
         if self.nesterov and (self.rule != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs rule sgd with momentum above 0")
+        if self.constraint.name == "rotational" and (self.nesterov or not has_equilibrium(self.rule, self.form)):
+            raise ValueError(f"constraint rotational needs a rule whose rotation at equilibrium is known (got {self.rule}, {self.form})")
         return self
 
     @property
     def form(self) -> Literal["coupled", "decoupled"]:
         """How decay enters: as `decay` says, else as the rule does in torch."""
-        return self.decay or ("decoupled" if self.rule == "adamw" else "coupled")
+        return self.decay or ("decoupled" if self.rule in ("adamw", "lion") else "coupled")
+
+
+def has_equilibrium(rule: str, form: str) -> bool:
+    """Whether theory gives the rotation at equilibrium: not for adaptive rules with decay in the gradient."""
+    return rule == "sgd" or form == "decoupled"
 
 
 def resolve_product(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,8 +330,23 @@ def _default(field: str) -> float:
     return float(OptimizerSpec.model_fields[field].default)
 
 
+class DecayScheduleSpec(Frozen):
+    """The decay strength over a trial's steps; whatever the shape, its mean over the window is the strength that the optimizer states."""
+
+    window: tuple[Annotated[Real, Field(ge=0, le=1)], Annotated[Real, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Shares of all steps between which decay acts."""
+    shape: Literal["constant", "linear_down", "linear_up", "with_lr", "inverse_lr"] = "constant"
+    """How it runs inside the window: level, falling to 0, rising from 0, in proportion to lr, or to 1/lr."""
+
+    @model_validator(mode="after")
+    def _is_a_window(self) -> "DecayScheduleSpec":
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f"window must begin before it ends (got {list(self.window)})")
+        return self
+
+
 class ScheduleSpec(Frozen):
-    """The learning rate over a trial's steps, as a multiple of its peak."""
+    """The learning rate over a trial's steps, as a multiple of its peak, and the decay strength beside it."""
 
     epochs: Count = 20
     """Passes over the training images."""
@@ -305,6 +360,7 @@ class ScheduleSpec(Frozen):
     """Shares of all steps at which lr drops (step)."""
     factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
     """What lr is multiplied by at each milestone (step)."""
+    decay: DecayScheduleSpec = Field(default_factory=DecayScheduleSpec)
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ScheduleSpec":

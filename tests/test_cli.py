@@ -219,11 +219,42 @@ def test_set_is_repeatable_and_its_errors_name_it(spec_file: Path, capsys: pytes
 
 def test_a_plan_names_the_decay_of_every_parameter(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = document(capsys, "plan", spec_file, "--set", "trial.optimizer.gamma=all")
-    assert set(plan) == {"trials", "arms", "forecast", "parameters", "compare", "warnings"}
-    assert {frozenset(row) for row in plan["parameters"]} == {frozenset({"name", "role", "place", "rate", "anchor", "group"})}
+    assert set(plan) == {"trials", "arms", "forecast", "parameters", "plan_hash", "compare", "warnings"}
+    assert {frozenset(row) for row in plan["parameters"]} == {frozenset({"name", "role", "place", "rate", "anchor", "constrained", "group"})}
+    assert plan["compare"] == {}
     shown = said(capsys, "plan", spec_file)
     assert all(row["name"] in shown for row in plan["parameters"])
     assert "6 trials over 2 arms, 3 each" in shown
+
+
+def test_a_plan_sets_the_defaults_of_libraries_beside_the_policy(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compared = document(capsys, "plan", spec_file, "--compare", "torch, timm")["compare"]
+    gains, shifts = ["layer1.norm.weight", "layer2.norm.weight"], ["layer1.norm.bias", "layer2.norm.bias", "head.bias"]
+    assert list(compared) == ["torch", "timm"]
+    assert {name: compared["torch"][name] for name in ("exempt", "gains_decayed", "differs", "differs_on_gains")} == {
+        "exempt": [],
+        "gains_decayed": 2,
+        "differs": 5,
+        "differs_on_gains": 2,
+    }
+    assert sorted(compared["torch"]["differences"]) == sorted(gains + shifts) == sorted(compared["timm"]["exempt"])
+    assert compared["timm"]["differences"] == []
+    shown = said(capsys, "plan", spec_file, "--compare", "torch,timm")
+    assert re.search(r"layer1\.norm\.weight +gain +inner +0 +- +exempt +decay \* +exempt\b", shown)
+    assert "torch: decays 2 of 2 gains; differs from this policy on 2 gains, and on 5 of all 8 parameters" in shown
+    assert len(document(capsys, "plan", spec_file, "--compare", "all")["compare"]) == 6
+
+
+def test_a_plan_refuses_a_library_that_it_does_not_know(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--compare: unknown library (got 'keras'); use torch, timm" in refused(capsys, "plan", spec_file, "--compare", "timm,keras")
+
+
+def test_the_hash_of_a_plan_changes_with_the_policy_alone(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def hash_of(*sets: str) -> str:
+        return str(document(capsys, "plan", spec_file, *(word for one in sets for word in ("--set", one)))["plan_hash"])
+
+    assert re.fullmatch("[0-9a-f]{64}", hash_of())
+    assert hash_of() == hash_of("trial.schedule.epochs=3", "trial.optimizer.momentum=0.5") != hash_of("trial.optimizer.gamma=all")
 
 
 def test_what_the_users_code_prints_stays_out_of_the_answer(
@@ -306,6 +337,27 @@ def test_an_export_reads_back_as_the_best(to: str, home: Path, tmp_path: Path, c
     assert read_best(exported) == read_best(home / "gains" / "best.yaml")
     assert said(capsys, "export", "gains", "--to", to, "--home", home, "-o", tmp_path / "again") == ""
     assert (tmp_path / "again").read_text() == exported.read_text()
+
+
+@pytest.mark.parametrize(
+    ("to", "line"),
+    [
+        ("torch", "def build_optimizer(model):"),
+        ("hf", "def training_arguments("),
+        ("timm", "opt: momentum"),
+        ("torchvision", "torchrun train.py"),
+    ],
+)
+def test_an_export_speaks_of_the_models_parameters_and_warns_on_stderr(
+    to: str, line: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "gains", "--to", to, "--home", str(home)]) == 0
+    out, err = capsys.readouterr()
+    assert any(found.startswith(line) for found in out.splitlines())
+    assert out.startswith("# The best trial of the study gains")
+    assert ("warning: timm would decay 2 parameters wrongly, 2 of them gains: layer1.norm.weight, layer2.norm.weight" in err) == (to == "timm")
+    assert said(capsys, "export", "gains", "--to", to, "--home", home, "-o", tmp_path / "again") == ""
+    assert (tmp_path / "again").read_text() == out
 
 
 def test_an_export_that_cannot_be_written_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """StudySpec: what is read, what is rejected and in which words, and how assignments become trials."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from study.document import parse_value, to_yaml
 from study.errors import NotFound, SpecError
-from study.spec import StudySpec, check, load_spec, parse_value, to_yaml
+from study.spec import StudySpec, check, load_spec
 from study.trial import TrialSpec
 
 MINIMAL = """\
@@ -516,6 +518,21 @@ def test_a_spec_written_as_yaml_reads_back_equal(tmp_path: Path) -> None:
 def test_durations_have_units() -> None:
     walls = [check(tree(budget={"wall": wall})).budget.wall for wall in ("90s", "15m", "4h", "2d", "1.5 h", 60)]
     assert walls == [90, 900, 14_400, 172_800, 5_400, 60]
+
+
+@pytest.mark.parametrize(
+    ("wall", "fits"),
+    [("90s", True), ("15m", True), (" 4h ", True), ("2d", True), ("1.5 h", True), ("3 weeks", False), ("90", False), ("-1h", False), ("", False)],
+)
+def test_an_editor_takes_the_durations_that_a_spec_takes(wall: str, fits: bool) -> None:
+    number, text, _ = StudySpec.model_json_schema()["$defs"]["BudgetSpec"]["properties"]["wall"]["anyOf"]
+    assert number == {"type": "number", "exclusiveMinimum": 0}
+    assert text["type"] == "string"
+    assert bool(re.search(text["pattern"], wall)) is fits
+    if fits:
+        check(tree(budget={"wall": wall}))
+    else:
+        assert complaints(tree(budget={"wall": wall}))
 
 
 def test_the_schema_documents_every_field() -> None:

@@ -24,7 +24,7 @@ from study.training.losses import loss_function
 from study.training.models import build_model
 from study.training.probes import probe
 from study.training.roles import Role, parameter_roles
-from study.training.schedules import build_scheduler
+from study.training.schedules import build_scheduler, decay_factor
 from study.trial import TrialSpec
 
 EXPLODED_LOSS = 1e3
@@ -150,7 +150,8 @@ class _SoloTrial:
                     samples += sample.values()
         if math.isnan(self.first_loss):
             self.first_loss = float(losses[0])
-        lr, decay = self.optimizer.param_groups[0]["lr"], self.trial.optimizer.weight_decay
+        lr = self.optimizer.param_groups[0]["lr"]
+        decay = self.trial.optimizer.weight_decay * decay_factor(self.trial.schedule, self.step, self.total_steps)
         self_reported = {"lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
         return {"train/loss": float(torch.stack(losses).mean()), "train/error": float(torch.stack(wrong).to(self.dtype).mean()), **self_reported}, samples
 

@@ -3,7 +3,6 @@
 records ─choose_best─> TrialRecord ──> BestConfig ─save─> best.yaml ─read_best─> BestConfig.optimizer, .schedule, .model, .data
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_serializer, model_validator
 
-from study.errors import HomeError, NotFound, Problem, SpecError
+from study.document import read_document, to_yaml, write_whole
+from study.errors import NotFound, Problem, SpecError
 from study.home import home_path
 from study.measurement import Outcome, TrialRecord
+from study.problems import validated
 from study.space import Frozen
-from study.spec import ObjectiveSpec, StudyName, read_document, to_yaml, validated
+from study.spec import ObjectiveSpec, StudyName
 from study.trial import Count, DataSpec, ModelSpec, OptimizerSpec, Real, ScheduleSpec, TrialSpec
 
 MARKS = ("study_id", "trial_id", "trial")
@@ -128,13 +129,7 @@ class BestConfig(Frozen):
         Raises:
             HomeError: if it cannot be written.
         """
-        path = Path(path)
-        draft = path.with_name(f"{path.name}.tmp")
-        try:
-            draft.write_text(self.to_yaml(), encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            raise HomeError(f"cannot be written ({error.strerror})", where=str(path), remedy="choose a folder that you may write to") from None
+        write_whole(Path(path), self.to_yaml())
 
 
 def choose_best(records: Sequence[TrialRecord], objective: ObjectiveSpec) -> TrialRecord | None:
@@ -192,13 +187,6 @@ def load_best(source: str | Path, home: str | Path | None = None) -> BestConfig:
 def is_file(source: str | Path) -> bool:
     """Whether `source` means a file rather than a study or a run: a Path, a file that exists, or anything that no study can be named."""
     return isinstance(source, Path) or re.fullmatch(r"[a-z0-9-]+", source) is None or Path(source).is_file()
-
-
-def export(best: BestConfig, to: Literal["yaml", "json"]) -> str:
-    """The whole best config as text that `read_best` reads."""
-    if to == "yaml":
-        return best.to_yaml()
-    return json.dumps(best.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
 def document(best: BestConfig) -> dict[str, Any]:

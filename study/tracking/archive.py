@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from study.document import read_document
 from study.errors import NotFound
 from study.measurement import Outcome, TrialRecord
-from study.spec import read_document
 from study.tracking.delivery import SPEC, TRACE
 from study.tracking.names import PLANNED, masked, trial_of
 from study.tracking.store import Run, Store, connect

@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from study.document import to_yaml
 from study.measurement import Ending, LayerSample, Outcome
-from study.spec import ObjectiveSpec, to_yaml
+from study.spec import ObjectiveSpec
 from study.tracking.names import ENDING_TAGS, STATUS, StudyIdentity, ending_tags, metric_name, params_of, trial_tags
 from study.tracking.outbox import Entry, Event, Outbox
 from study.tracking.store import Refused, Store

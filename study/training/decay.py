@@ -2,25 +2,33 @@
 
 roles + OptimizerSpec ──decay_plan──> rate and anchor of every parameter ──build_optimizer──> one torch optimizer
 
-role                    decays with      towards       unless
-weight                  weight_decay     0
-gain at a named place   gamma_decay      its anchor    `gamma` leaves its place out
-shift, bias             weight_decay     0             `shift: exempt`
-embedding               weight_decay     0             `embedding: exempt`
+role                    decays with       towards                     unless
+weight                  weight_decay      0, or its initial value     a constraint takes decay's place
+gain at a named place   gamma_decay       0 or 1, as `gamma` says     `gamma` leaves its place out
+shift, bias             shift_decay       0, or its initial value     `shift: exempt`
+embedding               embedding_decay   0, or its initial value     `embedding: exempt`
 scale                   never
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from pathlib import Path
+from typing import Any, Literal, assert_never
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from study.errors import ModelError, NotExpressible
 from study.training.roles import ParameterRole, Role, parameter_roles
+from study.training.updates import PlannedOptimizer
 from study.trial import OptimizerSpec, gamma_terms
+
+Anchor = float | Literal["init"]
+
+ON_INVARIANT = ("rescale", "projection", "norm_schedule")
+"""Constraints on scale-invariant weights, whose norm has no effect but on their effective lr."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +38,16 @@ class Planned:
     parameter: ParameterRole
     rate: float
     """Decay strength per unit of learning rate; 0 leaves the parameter alone."""
-    anchor: float = 0.0
-    """The value that decay pulls towards."""
+    anchor: Anchor = 0.0
+    """The value that decay pulls towards: 0, 1, or `init`."""
+    constrained: bool = False
+    """Whether the optimizer's constraint holds this parameter."""
 
     @property
     def group(self) -> str:
-        """Name of the param group: parameters of equal rate and anchor share one."""
-        if self.rate == 0:
-            return "exempt"
-        return f"decay {self.rate:g}" + (f" to {self.anchor:g}" if self.anchor else "")
+        """Name of the param group: parameters of equal rate, anchor and constraint share one."""
+        decay = "exempt" if self.rate == 0 else f"decay {self.rate:g}" + (f" to {self.anchor}" if self.anchor else "")
+        return f"{decay}, constrained" if self.constrained else decay
 
 
 def decay_plan(roles: Iterable[ParameterRole], optimizer: OptimizerSpec) -> list[Planned]:
@@ -46,24 +55,52 @@ def decay_plan(roles: Iterable[ParameterRole], optimizer: OptimizerSpec) -> list
     return [_planned(role, optimizer) for role in roles]
 
 
+def plan_hash(plan: Iterable[Planned]) -> str:
+    """SHA-256 over what decay does to which parameter: equal for trials with the same plan, however their specs are written."""
+    rows = [
+        [planned.parameter.name, planned.parameter.role, planned.parameter.place, planned.rate, planned.anchor, planned.constrained]
+        for planned in plan
+    ]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
 def _planned(parameter: ParameterRole, optimizer: OptimizerSpec) -> Planned:
-    decay = optimizer.weight_decay
+    decay, anchor = optimizer.weight_decay, _target(optimizer)
     match parameter.role:
         case Role.WEIGHT:
-            return Planned(parameter, decay)
+            return _planned_weight(parameter, optimizer)
         case Role.GAIN:
             terms = gamma_terms(optimizer.gamma)
             rate = decay if optimizer.gamma_decay is None else optimizer.gamma_decay
-            named = rate > 0 and parameter.place in terms
-            return Planned(parameter, rate, terms[parameter.place]) if named else Planned(parameter, 0.0)
+            return _decayed(parameter, rate, terms[parameter.place]) if parameter.place in terms else Planned(parameter, 0.0)
         case Role.SHIFT | Role.BIAS:
-            return Planned(parameter, decay if optimizer.shift == "decayed" else 0.0)
+            rate = decay if optimizer.shift_decay is None else optimizer.shift_decay
+            return _decayed(parameter, rate if optimizer.shift == "decayed" else 0.0, anchor)
         case Role.EMBEDDING:
-            return Planned(parameter, decay if optimizer.embedding == "decayed" else 0.0)
+            rate = decay if optimizer.embedding_decay is None else optimizer.embedding_decay
+            return _decayed(parameter, rate if optimizer.embedding == "decayed" else 0.0, anchor)
         case Role.SCALE:
             return Planned(parameter, 0.0)
         case _:
             assert_never(parameter.role)
+
+
+def _planned_weight(parameter: ParameterRole, optimizer: OptimizerSpec) -> Planned:
+    """Constraints take decay's place; the rotational one reads its angle from the rate."""
+    name, rate = optimizer.constraint.name, optimizer.weight_decay
+    if name == "rotational" and rate > 0:
+        return Planned(parameter, rate, constrained=True)
+    if name == "volumization" or (name in ON_INVARIANT and parameter.scale_invariant):
+        return Planned(parameter, 0.0, constrained=True)
+    return _decayed(parameter, rate, _target(optimizer))
+
+
+def _decayed(parameter: ParameterRole, rate: float, anchor: Anchor) -> Planned:
+    return Planned(parameter, rate, anchor) if rate > 0 else Planned(parameter, 0.0)
+
+
+def _target(optimizer: OptimizerSpec) -> Anchor:
+    return "init" if optimizer.target == "init" else 0.0
 
 
 def absent_places(roles: Iterable[ParameterRole], policy: str) -> list[str]:
@@ -97,22 +134,39 @@ def param_groups(model: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, A
         ModelError: if the model does not fit the policy.
     """
     plan = plan_for(model, optimizer)
-    anchored = [planned.parameter.name for planned in plan if planned.anchor]
-    if anchored:
-        raise NotExpressible(
-            f"torch's weight decay pulls to 0 only, the policy pulls {len(anchored)} gains to 1: {', '.join(anchored[:3])}",
-            where="optimizer.gamma",
-            remedy="use study.build_optimizer, which can",
-        )
-    if optimizer.rule == "sgd" and optimizer.form == "decoupled":
-        raise NotExpressible(
-            "torch.optim.SGD couples decay into the gradient", where="optimizer.decay", remedy="use study.build_optimizer, which can"
-        )
+    if reason := why_not_torch(plan, optimizer):
+        raise NotExpressible(reason, where="optimizer", remedy="use study.build_optimizer, which can")
     return _groups(model, plan, optimizer)
 
 
+def why_not_torch(plan: Sequence[Planned], optimizer: OptimizerSpec) -> str:
+    """Why torch's own optimizer of this rule would train other weights than the plan; empty where it trains the same."""
+    anchored = [planned.parameter.name for planned in plan if planned.anchor]
+    if anchored:
+        return f"torch's weight decay pulls to 0 only, the policy pulls {len(anchored)} parameters elsewhere: {_some(anchored)}"
+    constrained = [planned.parameter.name for planned in plan if planned.constrained]
+    if constrained:
+        return f"torch has no constraint {optimizer.constraint.name}, which holds {len(constrained)} parameters: {_some(constrained)}"
+    if optimizer.rule == "lion":
+        return "torch.optim has no Lion"
+    if optimizer.rule == "sgd" and optimizer.form == "decoupled":
+        decayed = [planned.parameter.name for planned in plan if planned.rate]
+        return (
+            f"torch.optim.SGD couples decay into the gradient, the policy decouples it for {len(decayed)} parameters: {_some(decayed)}"
+            if decayed
+            else ""
+        )
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def build_optimizer(model: nn.Module, optimizer: OptimizerSpec) -> Optimizer:
-    """One torch optimizer that trains a model under a policy; expresses every rule, form and anchor.
+    """One torch optimizer that trains a model under a policy; expresses every rule, form, anchor and constraint.
+
+    It is torch's own wherever that trains the same weights, else a `PlannedOptimizer`.
 
     Raises:
         ModelError: if the model does not fit the policy.
@@ -133,31 +187,23 @@ def optimizer_for(model: nn.Module, plan: Sequence[Planned], optimizer: Optimize
     Args:
         fused: Update all parameters in one kernel, where torch has one; None leaves the choice to torch.
     """
+    if why_not_torch(plan, optimizer):
+        return PlannedOptimizer(_planned_groups(model, plan, optimizer))
     groups = _groups(model, plan, optimizer)
     match optimizer.rule, optimizer.form:
-        case "sgd", "coupled":
-            built: Optimizer = SGD(groups, fused=fused)
-        case "sgd", "decoupled":
-            return DecoupledSGD(groups, lr=optimizer.lr)
+        case "sgd", _:
+            return SGD(groups, fused=fused)
         case _, "coupled":
-            built = Adam(groups, fused=fused)
-        case _:
-            built = AdamW(groups, fused=fused)
-    if any(planned.anchor for planned in plan):
-        if optimizer.form == "coupled":
-            built.register_step_pre_hook(_pull_gradients)
-        else:
-            built.register_step_post_hook(_pull_parameters)
-    return built
+            return Adam(groups, fused=fused)
+    return AdamW(groups, fused=fused)
 
 
 def _groups(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec) -> list[dict[str, Any]]:
     parameters = dict(model.named_parameters())
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for planned in plan:
         group = groups.setdefault(
-            (planned.rate, planned.anchor),
-            {"params": [], "name": planned.group, "lr": optimizer.lr, "weight_decay": planned.rate, "anchor": planned.anchor, **_options(optimizer)},
+            planned.group, {"params": [], "name": planned.group, "lr": optimizer.lr, "weight_decay": planned.rate, **_options(optimizer)}
         )
         group["params"].append(parameters[planned.parameter.name])
     return list(groups.values())
@@ -169,72 +215,50 @@ def _options(optimizer: OptimizerSpec) -> dict[str, Any]:
     return {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
 
 
-def _pull_gradients(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    """Torch adds `weight_decay x p` to the gradient; taking `weight_decay x anchor` away makes it pull to the anchor."""
-    for group in optimizer.param_groups:
-        if group["anchor"]:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.sub_(group["weight_decay"] * group["anchor"])
+def _planned_groups(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec) -> list[dict[str, Any]]:
+    """Groups for PlannedOptimizer; under a norm schedule every constrained weight has one of its own, with its norms."""
+    parameters = dict(model.named_parameters())
+    norms = _recorded_norms(optimizer.constraint.trace, plan) if optimizer.constraint.name == "norm_schedule" else {}
+    groups: dict[str, dict[str, Any]] = {}
+    for planned in plan:
+        own = norms.get(planned.parameter.name, {}) if planned.constrained else {}
+        group = groups.setdefault(
+            f"{planned.group} {planned.parameter.name if own else ''}".strip(),
+            {
+                "params": [],
+                "name": planned.group,
+                "rule": optimizer.rule,
+                "form": optimizer.form,
+                "lr": optimizer.lr,
+                "weight_decay": planned.rate,
+                "anchor": planned.anchor,
+                "constraint": optimizer.constraint.model_dump() if planned.constrained else None,
+                **_options(optimizer),
+                **own,
+            },
+        )
+        group["params"].append(parameters[planned.parameter.name])
+    return list(groups.values())
 
 
-@torch.no_grad()
-def _pull_parameters(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    """Torch shrinks by `lr x weight_decay x p`; adding `lr x weight_decay x anchor` makes it pull to the anchor."""
-    for group in optimizer.param_groups:
-        if group["anchor"]:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.add_(group["lr"] * group["weight_decay"] * group["anchor"])
+def _recorded_norms(trace: str | None, plan: Sequence[Planned]) -> dict[str, dict[str, list[Any]]]:
+    """Steps and norms of each constrained weight in another trial's trace, by the parameter's name.
 
-
-class DecoupledSGD(Optimizer):
-    """SGD with momentum whose decay stays out of the momentum buffer: `p <- p - lr x (m + weight_decay x (p - anchor))`.
-
-    Torch has no such optimizer: its SGD adds decay to the gradient.
-
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, algorithm 1 (SGDW), arXiv:1711.05101;
-    here decay is multiplied by lr, as torch's AdamW does it.
+    Source: Hoffer et al., Norm matters, section 3 (a schedule of norms in place of decay), arXiv:1803.01814.
     """
+    import pandas as pd
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 0.1,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        anchor: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "anchor": anchor})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step for every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        update, momentum = parameter.grad, group["momentum"]
-        assert update is not None
-        if momentum:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = update.clone()
-            else:
-                state["momentum_buffer"].mul_(momentum).add_(update)
-            buffer = state["momentum_buffer"]
-            update = update.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-        if group["weight_decay"]:
-            rate = group["lr"] * group["weight_decay"]
-            parameter.mul_(1 - rate)
-            if group["anchor"]:
-                parameter.add_(rate * group["anchor"])
-        parameter.add_(update, alpha=-group["lr"])
+    path = Path(trace or "")
+    if not path.exists():
+        raise ModelError(f"the trace does not exist (got {trace!r})", where="optimizer.constraint.trace", remedy="name a trial's trace.parquet")
+    table = pd.read_parquet(path, columns=["step", "layer", "weight_norm"])
+    found = {}
+    for planned in plan:
+        if planned.constrained:
+            rows = table[table["layer"] == planned.parameter.layer]
+            if rows.empty:
+                raise ModelError(
+                    f"the trace has no layer {planned.parameter.layer!r}", where="optimizer.constraint.trace", remedy="use a trace of the same model"
+                )
+            found[planned.parameter.name] = {"norm_steps": rows["step"].tolist(), "norm_values": rows["weight_norm"].tolist()}
+    return found

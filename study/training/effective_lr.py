@@ -11,6 +11,7 @@ Behind a norm the scale of a weight w has no effect on the output, so only its d
     sgd, momentum m      lr/|w|^2        sqrt(2 lr wd / (1+m))                          2 lr wd / (1-m)
     sgd, decoupled       lr/|w|^2        sqrt(2 lr wd (1-m) / (1+m))                    2 lr wd
     adamw                lr/|w|          sqrt(2 lr wd (1-b1) / (1+b1))                  2 lr wd
+    lion                 lr/|w|          sqrt(pi lr wd ((1-b1)^2 + b1^2 (1-b2)/(1+b2))) 2 lr wd
     adam with L2         lr/|w|          none: it depends on the gradient's size        none
 
 Source: van Laarhoven, L2 Regularization versus Batch and Weight Normalization, arXiv:1706.05350 (effective lr);
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from study.measurement import LayerSample
-from study.training.decay import DecoupledSGD
 from study.training.roles import ParameterRole, Role, parameter_roles
+from study.training.updates import PlannedOptimizer, rotation_at_equilibrium
 
 EQUILIBRIUM = 5.0
 """Relaxation times after which a layer counts as equilibrated."""
@@ -52,26 +53,27 @@ class Rule:
 
 def rule_of(optimizer: Optimizer, group: Mapping[str, Any]) -> Rule:
     """The theory of one param group at its present lr and weight_decay."""
-    lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
     match optimizer:
-        case DecoupledSGD():
-            momentum = group["momentum"]
-            expected = None if group["nesterov"] else math.sqrt(2 * lr * decay * (1 - momentum) / (1 + momentum))
-            return Rule(2, expected or None, 2 * lr * decay)
+        case PlannedOptimizer():
+            described = dict(group)
+        case SGD() if not (group["dampening"] or group["maximize"]):
+            described = {**group, "rule": "sgd", "form": "coupled"}
         case SGD():
-            momentum = group["momentum"]
-            if group["dampening"] or group["maximize"]:
-                return Rule(2, None, None)
-            expected = math.sqrt(2 * lr * decay / (1 + momentum))
-            if group["nesterov"]:
-                expected *= math.sqrt((1 + momentum) ** 3 * (1 - momentum) + momentum**4)
-            return Rule(2, expected or None, 2 * lr * decay / (1 - momentum))
-        case Adam() if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay"):
-            beta = group["betas"][0]
-            return Rule(1, math.sqrt(2 * lr * decay * (1 - beta) / (1 + beta)) or None, 2 * lr * decay)
+            return Rule(2, None, None)
         case Adam():
-            return Rule(1, None, None)
-    return Rule(None, None, None)
+            decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay")
+            described = {**group, "rule": "adam", "form": "decoupled" if decoupled else "coupled"}
+        case _:
+            return Rule(None, None, None)
+    return Rule(2 if described["rule"] == "sgd" else 1, rotation_at_equilibrium(described), _rate(described))
+
+
+def _rate(group: Mapping[str, Any]) -> float | None:
+    """The inverse of the relaxation time, in steps; None for adaptive rules with decay in the gradient."""
+    shrink = 2 * float(group["lr"]) * float(group["weight_decay"])
+    if group["form"] == "decoupled":
+        return shrink
+    return shrink / (1 - group["momentum"]) if group["rule"] == "sgd" else None
 
 
 def angle(before: Tensor, after: Tensor) -> float:

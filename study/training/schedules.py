@@ -11,7 +11,8 @@ A step is an optimizer step, counted from 0: the factor of step t is what the op
 """
 
 import math
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -52,10 +53,76 @@ def lr_factor(spec: "ScheduleSpec", step: int, total_steps: int) -> float:
             return spec.factor ** sum(step >= round(share * total_steps) for share in spec.milestones)
 
 
+SMALLEST_LR = 0.01
+"""Share of the peak below which `inverse_lr` treats lr as if it were this large."""
+
+
+def decay_factor(spec: "ScheduleSpec", step: int, total_steps: int) -> float:
+    """The decay strength at one step over the stated one; its mean over the window's steps is 1, outside it is 0.
+
+    >>> from study.trial import DecayScheduleSpec, ScheduleSpec
+    >>> early = ScheduleSpec(decay=DecayScheduleSpec(window=(0.0, 0.4), shape="linear_down"))
+    >>> [decay_factor(early, step, total_steps=10) for step in (0, 3, 4)]
+    [1.75, 0.25, 0.0]
+
+    Source: Golatkar et al., Time Matters in Regularizing Deep Networks, arXiv:1905.13277 (windows); Richemond and Guo,
+    arXiv:1902.02881 (annealed decay; the shapes are ours).
+    """
+    first, end = _window(spec, total_steps)
+    step = min(step, total_steps - 1)
+    if not first <= step < end:
+        return 0.0
+    return _shape(spec, step, total_steps) / _mean_shape(spec, total_steps)
+
+
+def _window(spec: "ScheduleSpec", total_steps: int) -> tuple[int, int]:
+    start, end = spec.decay.window
+    return round(start * total_steps), round(end * total_steps)
+
+
+def _shape(spec: "ScheduleSpec", step: int, total_steps: int) -> float:
+    first, end = _window(spec, total_steps)
+    progress = (step - first + 0.5) / (end - first)
+    match spec.decay.shape:
+        case "constant":
+            return 1.0
+        case "linear_down":
+            return 1 - progress
+        case "linear_up":
+            return progress
+        case "with_lr":
+            return lr_factor(spec, step, total_steps)
+        case "inverse_lr":
+            return 1 / max(lr_factor(spec, step, total_steps), SMALLEST_LR)
+
+
+@lru_cache
+def _mean_shape(spec: "ScheduleSpec", total_steps: int) -> float:
+    steps = range(*_window(spec, total_steps))
+    return sum(_shape(spec, step, total_steps) for step in steps) / len(steps) if spec.decay.shape != "constant" else 1.0
+
+
+class DecayScheduler(LambdaLR):
+    """LambdaLR that schedules each param group's `weight_decay`, too."""
+
+    def __init__(self, optimizer: Optimizer, schedule: "ScheduleSpec", total_steps: int) -> None:
+        self._schedule, self._total_steps = schedule, total_steps
+        for group in optimizer.param_groups:
+            group.setdefault("initial_weight_decay", group["weight_decay"])
+        super().__init__(optimizer, lambda step: lr_factor(schedule, step, total_steps))
+
+    def step(self, epoch: Any = None) -> None:
+        """Moves lr and weight_decay on by one step."""
+        super().step(epoch)
+        factor = decay_factor(self._schedule, self.last_epoch, self._total_steps)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = group["initial_weight_decay"] * factor
+
+
 def build_scheduler(optimizer: Optimizer, schedule: "ScheduleSpec", total_steps: int) -> LambdaLR:
     """A torch scheduler of any optimizer, to be stepped once after every optimizer step.
 
-    The optimizer's present learning rates are the peaks.
+    The optimizer's present learning rates are the peaks, its decay strengths the means.
 
     Example:
         optimizer = study.build_optimizer(model, best.optimizer)
@@ -66,4 +133,6 @@ def build_scheduler(optimizer: Optimizer, schedule: "ScheduleSpec", total_steps:
             optimizer.step()
             scheduler.step()
     """
-    return LambdaLR(optimizer, lambda step: lr_factor(schedule, step, total_steps))
+    if schedule.decay.window == (0.0, 1.0) and schedule.decay.shape == "constant":
+        return LambdaLR(optimizer, lambda step: lr_factor(schedule, step, total_steps))
+    return DecayScheduler(optimizer, schedule, total_steps)

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.errors import Interrupted, TrackingUnavailable
+from study.errors import InputError, Interrupted, TrackingUnavailable
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
@@ -160,7 +160,7 @@ def tune_study(
             SoloTrainable,
             name="ray",
             storage_path=str(folder.resolve()),
-            search_alg=JournalSearcher(search, settings, left),
+            search_alg=JournalSearcher(search, settings, left, _tags),
             scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
             stop=_stopper(spec, interrupt),
             callbacks=[LedgerCallback(outbox, folder)],
@@ -173,6 +173,16 @@ def tune_study(
             raise_on_failed_trial=False,
             verbose=0,
         )
+
+
+def _tags(trial: TrialSpec) -> dict[str, str]:
+    """More tags of a trial's MLflow run; none where its model cannot be built, which the trial itself will say."""
+    from study.training.plans import plan_hash_of
+
+    try:
+        return {"study.plan_hash": plan_hash_of(trial)}
+    except InputError:
+        return {}
 
 
 def _longest(spec: StudySpec) -> int:

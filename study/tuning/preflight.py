@@ -1,11 +1,16 @@
 """Preflight: builds the trial once before anything starts, so that what cannot work is said at once; the audit of `study plan`."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
+from study.results.export_plan import ModelPlan, PlanRow
 from study.space import arm_label
 from study.spec import StudySpec
-from study.training.data import load_data
-from study.training.decay import Planned, absent_places, decay_plan
+from study.training.compare import Comparison, compare
+from study.training.data import Data, load_data
+from study.training.decay import Planned, absent_places, decay_plan, plan_hash
 from study.training.losses import loss_function
 from study.training.models import build_model
 from study.training.roles import ParameterRole, Role, parameter_roles
@@ -21,6 +26,8 @@ class Audit:
     steps_per_trial: int
     plan: tuple[Planned, ...]
     """Decay of every parameter, under the base trial's policy."""
+    compare: Mapping[str, Comparison]
+    """What the libraries that were asked for do by default, by their names."""
     warnings: tuple[str, ...]
 
     def document(self) -> dict[str, object]:
@@ -32,6 +39,7 @@ class Audit:
                 "place": planned.parameter.place,
                 "rate": planned.rate,
                 "anchor": planned.anchor,
+                "constrained": planned.constrained,
                 "group": planned.group,
             }
             for planned in self.plan
@@ -42,30 +50,67 @@ class Audit:
             "arms": list(self.arms),
             "forecast": forecast,
             "parameters": parameters,
-            "compare": {},
+            "plan_hash": plan_hash(self.plan),
+            "compare": {library: each.document() for library, each in self.compare.items()},
             "warnings": list(self.warnings),
         }
 
 
-def audit(spec: StudySpec) -> Audit:
+def audit(spec: StudySpec, libraries: Iterable[str] | None = ()) -> Audit:
     """Builds data and model of the base trial and holds every policy that the study may draw against them.
 
+    Args:
+        libraries: Whose default decay is set beside the base trial's, out of `study.training.compare.LIBRARIES`; None for all.
+
     Raises:
-        InputError: if data, model and policies do not fit together.
+        InputError: if data, model and policies do not fit together, or a library is not known.
     """
     trial = spec.trial
-    data = load_data(trial.data)
     loss_function(trial.loss)
-    model = build_model(trial.model, data.shape, data.num_classes)
-    roles = parameter_roles(model, trial.model.places)
-    steps = len(data.train_labels) // trial.data.batch_size * trial.schedule.epochs
+    data, model, roles = _built(trial)
+    steps = _steps_per_epoch(data, trial) * trial.schedule.epochs
+    plan = tuple(decay_plan(roles, trial.optimizer))
     return Audit(
         spec.search.trials,
         tuple(arm_label(arm) for arm in spec.arms),
         steps,
-        tuple(decay_plan(roles, trial.optimizer)),
+        plan,
+        compare(model, plan, trial.optimizer.weight_decay, libraries),
         tuple(_warnings(spec, roles, steps)),
     )
+
+
+def model_plan(trial: TrialSpec) -> ModelPlan:
+    """What decay does to each parameter of a trial's model, for exports.
+
+    Raises:
+        InputError: if data and model do not fit together.
+    """
+    data, model, roles = _built(trial)
+    plan = decay_plan(roles, trial.optimizer)
+    spared = {library: frozenset(each.exempt) for library, each in compare(model, plan, trial.optimizer.weight_decay).items()}
+    rows = (
+        PlanRow(
+            planned.parameter.name,
+            str(planned.parameter.role),
+            planned.rate,
+            planned.anchor,
+            planned.constrained,
+            frozenset(library for library, names in spared.items() if planned.parameter.name in names),
+        )
+        for planned in plan
+    )
+    return ModelPlan(tuple(rows), _steps_per_epoch(data, trial))
+
+
+def _built(trial: TrialSpec) -> tuple[Data, nn.Module, list[ParameterRole]]:
+    data = load_data(trial.data)
+    model = build_model(trial.model, data.shape, data.num_classes)
+    return data, model, parameter_roles(model, trial.model.places)
+
+
+def _steps_per_epoch(data: Data, trial: TrialSpec) -> int:
+    return len(data.train_labels) // trial.data.batch_size
 
 
 def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[str]:

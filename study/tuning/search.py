@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,10 +259,16 @@ def _values(axis: Axis, integer: bool) -> Sequence[Any]:
 class JournalSearcher(Searcher):
     """Gives Tune the trials of a Search: first those that an earlier start left running, then new ones."""
 
-    def __init__(self, search: Search, settings: Mapping[str, Any], resumed: Sequence[tuple[Proposal, History]]) -> None:
+    def __init__(
+        self,
+        search: Search,
+        settings: Mapping[str, Any],
+        resumed: Sequence[tuple[Proposal, History]],
+        tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
+    ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
         self._search, self._settings = search, dict(settings)
-        self._waiting = list(resumed)
+        self._waiting, self._tags = list(resumed), tags
         self._trial_ids: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -280,6 +286,7 @@ class JournalSearcher(Searcher):
             "trial_id": proposal.trial_id,
             "arm": proposal.arm,
             "trial": json.dumps(proposal.trial.canonical()),
+            "tags": self._tags(proposal.trial),
             "epoch": len(history),
             "history": [objective for _, objective in history],
         }

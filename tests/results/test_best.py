@@ -11,10 +11,13 @@ import yaml
 
 import study
 from study.errors import HomeError, NotFound, SpecError
-from study.measurement import Outcome, TrialRecord
-from study.results.best import BestConfig, ObjectiveResult, choose_best, document, export, load_best, read_best
+from study.measurement import Ending, Outcome, TrialRecord
+from study.results.best import BestConfig, ObjectiveResult, choose_best, document, load_best, read_best
+from study.results.export import export
 from study.spec import ObjectiveSpec
+from study.tracking.recorder import Recorder
 from study.trial import TrialSpec
+from tests.tracking.scenes import measurement, study_spec
 
 
 def record(number: int, value: float | None, outcome: Outcome = Outcome.COMPLETED, replicate_of: str = "") -> TrialRecord:
@@ -111,7 +114,7 @@ def test_parts_of_the_trial_are_at_hand() -> None:
 @pytest.mark.parametrize("to", ["yaml", "json"])
 def test_an_export_reads_back_equal(tmp_path: Path, to: Literal["yaml", "json"]) -> None:
     path = tmp_path / f"exported.{to}"
-    path.write_text(export(best(), to))
+    path.write_text(export(best(), to).text)
     assert read_best(path) == best()
 
 
@@ -202,6 +205,42 @@ def test_a_best_config_is_loaded_by_file_or_by_study(tmp_path: Path, monkeypatch
     assert study.load_best("tiny") == best()
     monkeypatch.chdir(path.parent)
     assert study.load_best("best.yaml") == best()
+
+
+def test_a_study_by_its_name_is_read_from_the_home_whatever_the_store(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    best().save(tmp_path / "tiny" / "best.yaml")
+    store = tmp_path / "untouched.db"
+    assert study.load_best("tiny", home=tmp_path, tracking_uri=f"sqlite:///{store}") == best()
+    with pytest.raises(NotFound, match="no such file, and no study of this name"):
+        study.load_best("absent", home=tmp_path, tracking_uri=f"sqlite:///{store}")
+    assert not store.exists()
+
+
+def test_a_best_config_is_loaded_by_the_run_of_a_trial_or_of_its_study(tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, trial = study_spec(), best().trial
+    recorder = Recorder(tmp_path / "roles", tracking_uri, spec, "roles-5f3a", engine="solo")
+    parent = recorder.open()
+    for number, value in enumerate((0.25, 0.5)):
+        trial_id = f"roles-{number:04d}"
+        recorder.outbox.start(trial_id, arm="optimizer.gamma=last", trial=trial.canonical())
+        recorder.outbox.measure(trial_id, measurement(1, value))
+        recorder.outbox.end(trial_id, Ending(Outcome.COMPLETED), value)
+    recorder.start()
+    recorder.close()
+    second = recorder.run_id("roles-0001") or ""
+
+    found = study.load_best(second, home=tmp_path, tracking_uri=tracking_uri)
+    assert (found.study_id, found.name, found.trial_id, found.run_id) == ("roles-5f3a", "roles", "roles-0001", second)
+    assert (found.objective.metric, found.objective.value, found.spec_hash) == ("val/error", 0.5, spec.spec_hash())
+    assert found.trial == trial
+
+    best(run_id=second).save(tmp_path / "best.yaml")
+    recorder.finish("finished", [tmp_path / "best.yaml"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    assert study.load_best(parent) == best(run_id=second)
+    with pytest.raises(NotFound, match="0" * 32):
+        study.load_best("0" * 32)
 
 
 def test_what_cannot_be_found_is_told(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from study.document import to_yaml
 from study.errors import NotFound
 from study.measurement import Ending, Outcome
-from study.spec import to_yaml
 from study.tracking.archive import best_of_run, study_records, trace_of_run, trial_of_run
 from study.tracking.names import CUT, masked, metric_name, params_of, trial_of
 from study.tracking.recorder import Recorder

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from study.training.decay import DecoupledSGD
 from study.training.effective_lr import EffectiveLR, angle
 from study.training.roles import ParameterRole, Role
+from study.training.updates import PlannedOptimizer
 
 DIMENSION = 512
 
@@ -41,11 +41,17 @@ def walk(model: Vector, optimizer: Optimizer, steps: int, scale: float = 1.0) ->
     return math.sqrt(sum(squares) / len(squares)), expected
 
 
+def planned(parameters: list[nn.Parameter], rule: str, **options: object) -> PlannedOptimizer:
+    group = {"params": parameters, "rule": rule, "form": "decoupled", "anchor": 0.0, "constraint": None, **options}
+    return PlannedOptimizer([group])
+
+
 RULES = {
     "sgd": (lambda p: SGD(p, lr=0.1, weight_decay=0.01), 0.01),
     "sgd with momentum": (lambda p: SGD(p, lr=0.1, weight_decay=0.01, momentum=0.9), 0.01),
     "sgd with nesterov": (lambda p: SGD(p, lr=0.1, weight_decay=0.01, momentum=0.9, nesterov=True), 0.01),
-    "decoupled sgd with momentum": (lambda p: DecoupledSGD(p, lr=0.1, weight_decay=0.01, momentum=0.9), 0.01),
+    "decoupled sgd with momentum": (lambda p: planned(p, "sgd", lr=0.1, weight_decay=0.01, momentum=0.9, nesterov=False), 0.01),
+    "lion": (lambda p: planned(p, "lion", lr=0.001, weight_decay=1.0, betas=(0.9, 0.99)), 0.04),
     "adamw": (lambda p: AdamW(p, lr=0.01, weight_decay=0.1), 0.02),
 }
 

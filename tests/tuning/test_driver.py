@@ -123,6 +123,7 @@ def test_a_study_is_trained_told_and_remembered(home: Path) -> None:
     assert completed
     for child in completed:
         assert child.data.params["optimizer.gamma"] in ("none", "all")
+        assert len(child.data.tags["study.plan_hash"]) == 64
         for layer in ("layer1.linear", "layer2.linear", "head"):
             for metric in ("effective_lr", "rotation", "weight_norm"):
                 assert len(client.get_metric_history(child.info.run_id, f"{metric}/{layer}")) > 5

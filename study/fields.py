@@ -1,0 +1,131 @@
+"""Fields: what each field of a trial takes, and whether the axes of a space fit the fields that they vary.
+
+optimizer.gama    no such field            optimizer        a section, not a field
+model.width       whole numbers only       optimizer.gamma  `last+inner` is stored as `inner+last`
+"""
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from study.errors import Problem
+from study.problems import in_words, shown
+from study.space import Axis, Scalar
+from study.trial import TrialSpec
+
+
+@cache
+def field_type(path: str) -> Any:
+    """The annotation of a field of TrialSpec by dotted path; `Any` below `args`, None where there is no such field."""
+    model: Any = TrialSpec
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        info: FieldInfo | None = getattr(model, "model_fields", {}).get(part)
+        if info is None:
+            return None
+        if part == "args" and depth + 2 == len(parts):
+            return Any
+        model = info.annotation
+        if depth + 1 == len(parts):
+            return model if hasattr(model, "model_fields") else info.rebuild_annotation()
+    return None
+
+
+def takes_whole_numbers(path: str, axis: Axis) -> bool:
+    """Whether an axis on a field takes whole numbers only."""
+    annotation = field_type(path)
+    if annotation is Any:
+        return all(isinstance(bound, int) for bound in (axis.low, axis.high, axis.step or 1))
+    return _accepts_only_whole_numbers(annotation)
+
+
+def canonical(space: Mapping[str, Axis]) -> dict[str, Axis]:
+    """The axes with every choice and condition written as its field stores it: `last+inner` becomes `inner+last`."""
+    return {
+        path: axis.model_copy(
+            update={
+                "choices": None if axis.choices is None else tuple(_stored(path, value) for value in axis.choices),
+                "when": {parent: _stored(parent, value) for parent, value in axis.when.items()},
+            }
+        )
+        for path, axis in space.items()
+    }
+
+
+def space_problems(space: Mapping[str, Axis], whole: bool = True) -> Iterator[Problem]:
+    """What is wrong between axes and fields, and between axes and their conditions.
+
+    Args:
+        space: The axes by path.
+        whole: Whether these are all axes; where not, a condition on another one is not judged.
+    """
+    for path, axis in space.items():
+        yield from _axis_problems(path, axis)
+        if axis.when and axis.role == "scientific":
+            yield Problem("condition", "a scientific axis cannot be conditional: its values are arms", f"space/{path}/when", "remove `when`")
+        for parent, value in axis.when.items():
+            where = f"space/{path}/when"
+            if parent == path or (whole and parent not in space):
+                yield Problem("condition", f"the condition names no other axis (got {parent!r})", where, "name a path of `space`")
+            elif parent in space and space[parent].choices is not None and value not in (space[parent].choices or ()):
+                choices = ", ".join(map(shown, space[parent].choices or ()))
+                yield Problem("condition", f"{parent} never takes this value (got {shown(value)})", where, f"use one of {choices}")
+
+
+def _stored(path: str, value: Scalar) -> Scalar:
+    annotation = field_type(path)
+    if annotation is None or annotation is Any or hasattr(annotation, "model_fields"):
+        return value
+    try:
+        stored = TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return value
+    return stored if isinstance(stored, bool | int | float | str | None) else value
+
+
+def _accepts_only_whole_numbers(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _accepts_only_whole_numbers(get_args(annotation)[0])
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    return annotation is int or (len(members) == 1 and _accepts_only_whole_numbers(members[0]))
+
+
+def _axis_problems(path: str, axis: Axis) -> Iterator[Problem]:
+    annotation, where = field_type(path), f"space/{path}"
+    if annotation is None:
+        near = get_close_matches(path, _fields(), n=1)
+        yield Problem(
+            "no-such-field", f"a trial has no such field (got {path!r})", where, f"did you mean {near[0]!r}?" if near else "see `study schema`"
+        )
+        return
+    if hasattr(annotation, "model_fields"):
+        yield Problem(
+            "section", f"{path!r} is a section, not a field", where, f"vary a field of it, such as {path}.{next(iter(annotation.model_fields))}"
+        )
+        return
+    if axis.choices is not None and len(set(map(repr, axis.choices))) < len(axis.choices):
+        yield Problem("choice", f"choices repeat a value (got {', '.join(map(shown, axis.choices))})", where, "keep each once")
+    if annotation is Any:
+        return
+    if axis.step is not None and _accepts_only_whole_numbers(annotation) and axis.step != int(axis.step):
+        yield Problem("step", f"{path} takes whole numbers only (got step {axis.step})", where, "use a whole step")
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    for value in axis.endpoints():
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            message, remedy = in_words(error.errors()[0])
+            yield Problem("choice", message, where, remedy or f"use values that {path} takes")
+
+
+@cache
+def _fields() -> tuple[str, ...]:
+    found: list[str] = []
+    for section, info in TrialSpec.model_fields.items():
+        inner = getattr(info.annotation, "model_fields", None)
+        found += [f"{section}.{field}" for field in inner] if inner else [section]
+    return tuple(found)
