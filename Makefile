@@ -6,7 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# --no-compile: Python compiles the few modules that are used, when they are used.
+PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test check bench clean
 

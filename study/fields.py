@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from study.errors import Problem
@@ -36,7 +36,9 @@ def field_type(path: str) -> Any:
 
 
 def takes_whole_numbers(path: str, axis: Axis) -> bool:
-    """Whether an axis on a field takes whole numbers only."""
+    """Whether an axis on a field is an interval of whole numbers."""
+    if axis.choices is not None:
+        return False
     annotation = field_type(path)
     if annotation is Any:
         return all(isinstance(bound, int) for bound in (axis.low, axis.high, axis.step or 1))
@@ -123,9 +125,10 @@ def _axis_problems(path: str, axis: Axis) -> Iterator[Problem]:
 
 
 @cache
-def _fields() -> tuple[str, ...]:
+def _fields(model: type[BaseModel] = TrialSpec, prefix: str = "") -> tuple[str, ...]:
+    """Every field that an axis could name, by dotted path."""
     found: list[str] = []
-    for section, info in TrialSpec.model_fields.items():
-        inner = getattr(info.annotation, "model_fields", None)
-        found += [f"{section}.{field}" for field in inner] if inner else [section]
+    for name, info in model.model_fields.items():
+        section: Any = info.annotation
+        found += _fields(section, f"{prefix}{name}.") if hasattr(section, "model_fields") else [f"{prefix}{name}"]
     return tuple(found)

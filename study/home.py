@@ -105,8 +105,13 @@ class StudyFolder:
                 where=str(folder.path),
                 remedy="give the changed study another name, or delete the folder of the old one",
             )
-        write_whole(folder.spec, spec.to_yaml())
+        if not folder.spec.exists():
+            folder.remember(spec)
         return folder
+
+    def remember(self, spec: StudySpec) -> None:
+        """Keeps the spec of the latest start."""
+        write_whole(self.spec, spec.to_yaml())
 
     @property
     def _card(self) -> Path:
@@ -164,10 +169,12 @@ class StudyFolder:
         from filelock import FileLock, Timeout
 
         try:
-            with FileLock(self._lock, timeout=0):
-                yield
+            # Whoever only looks whether the study runs holds the lock for an instant.
+            lock = FileLock(self._lock, timeout=1).acquire()
         except Timeout:
             raise HomeError("another process runs this study", where=str(self.path), remedy="wait for it, or stop it with Ctrl-C") from None
+        with lock:
+            yield
 
     @property
     def _lock(self) -> str:

@@ -255,6 +255,7 @@ class OptimizerSpec(Frozen):
     target: Literal["zero", "init"] = "zero"
     """What decay pulls weights, shifts, biases and embeddings towards: zero, or where they were when the optimizer was built."""
     constraint: ConstraintSpec = Field(default_factory=ConstraintSpec)
+    """What holds weights in place of decay."""
     clip: Positive | None = None
     """Largest global gradient norm; none does not clip."""
 
@@ -361,6 +362,7 @@ class ScheduleSpec(Frozen):
     factor: Annotated[Real, Field(gt=0, lt=1)] = 0.1
     """What lr is multiplied by at each milestone (step)."""
     decay: DecayScheduleSpec = Field(default_factory=DecayScheduleSpec)
+    """When decay acts, and how its strength runs."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ScheduleSpec":

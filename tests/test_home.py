@@ -76,6 +76,7 @@ def test_a_later_start_keeps_the_identity_and_takes_the_spec_that_is_new(tmp_pat
     first = StudyFolder.prepare(tmp_path, spec()).card()
     longer = spec(search={"trials": 12})
     folder = StudyFolder.prepare(tmp_path, longer)
+    folder.remember(longer)
     assert folder.card() == first
     assert folder.load_spec() == longer
 

@@ -78,7 +78,7 @@ WRONG = [
     ),
     (
         tree(space={"optimizer.rule": {"choices": ["sgd", "sdg"]}}),
-        "space.optimizer.rule: input should be 'sgd', 'adam' or 'adamw' (got 'sdg'); use values that optimizer.rule takes",
+        "space.optimizer.rule: input should be 'sgd', 'adam', 'adamw' or 'lion' (got 'sdg'); use values that optimizer.rule takes",
     ),
     (
         tree(space={"model.width": {"low": 8, "high": 32.5}}),
@@ -378,7 +378,7 @@ def test_an_axis_can_be_set_whole_or_in_part(tmp_path: Path) -> None:
         ("serch.trials=3", "--set serch: unknown key (got 'serch'); did you mean 'search'?"),
         (
             "trial.optimizer.rule=sdg",
-            "--set trial.optimizer.rule: input should be 'sgd', 'adam' or 'adamw' (got 'sdg'); see `study schema` for what it takes",
+            "--set trial.optimizer.rule: input should be 'sgd', 'adam', 'adamw' or 'lion' (got 'sdg'); see `study schema` for what it takes",
         ),
         ("search.trials", "--set: an override is path=value (got 'search.trials'); for example --set search.trials=10"),
         ("=3", "--set: an override is path=value (got '=3'); for example --set search.trials=10"),

@@ -153,7 +153,11 @@ class _SoloTrial:
         lr = self.optimizer.param_groups[0]["lr"]
         decay = self.trial.optimizer.weight_decay * decay_factor(self.trial.schedule, self.step, self.total_steps)
         self_reported = {"lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
-        return {"train/loss": float(torch.stack(losses).mean()), "train/error": float(torch.stack(wrong).to(self.dtype).mean()), **self_reported}, samples
+        return {
+            "train/loss": float(torch.stack(losses).mean()),
+            "train/error": float(torch.stack(wrong).to(self.dtype).mean()),
+            **self_reported,
+        }, samples
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()

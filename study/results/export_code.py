@@ -3,6 +3,7 @@
 ModelPlan ──> GROUPS ──> param_groups(model) ──> build_optimizer(model) ──> build_scheduler(optimizer)
 """
 
+import json
 from collections.abc import Sequence
 
 from study.results.best import BestConfig
@@ -67,6 +68,35 @@ def shrink(optimizer, args, kwargs):
                     parameter.add_(anchor, alpha=group["lr"] * group["decay"])
 '''
 
+LION = '''
+class Lion(torch.optim.Optimizer):
+    """p <- p - lr x sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g; weight decay is {form}. torch has no such rule.
+
+    Source: Chen et al., Symbolic Discovery of Optimization Algorithms, algorithm 2, arXiv:2302.06675.
+    """
+
+    def __init__(self, params, lr, betas):
+        super().__init__(params, {{"lr": lr, "betas": betas, "weight_decay": 0.0}})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (first, second), decay = group["betas"], group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter))
+                gradient = {gradient}
+                update = torch.sign(first * moment + (1 - first) * gradient)
+                moment.mul_(second).add_(gradient, alpha=1 - second)
+                parameter.mul_({kept}).sub_(update, alpha=group["lr"])
+        return loss
+'''
+
 SCHEDULER = '''
 
 def build_scheduler(optimizer, total_steps=TOTAL_STEPS):
@@ -89,7 +119,11 @@ def torch_code(best: BestConfig, plan: ModelPlan) -> Export:
     refuse_what_cannot_be_said(best, plan, "plain torch")
     loop = ["Use: optimizer = build_optimizer(model); scheduler = build_scheduler(optimizer); then for every batch:", *_loop(best.optimizer)]
     top = commented([*header(best), "", *loop, "", *OTHER_MODEL])
-    return Export(f"{top}\nimport math\n\nimport torch\n{_definitions(best, plan)}")
+    return Export(f"{top}\n{_imports(best)}\n{_definitions(best, plan)}")
+
+
+def _imports(best: BestConfig) -> str:
+    return "import math\n\nimport torch" if best.schedule.shape == "cosine" else "import torch"
 
 
 def _loop(optimizer: OptimizerSpec) -> list[str]:
@@ -115,8 +149,8 @@ def hf_code(best: BestConfig, plan: ModelPlan) -> Export:
         [] if best.trial.precision != "float64" else ["Trainer has no float64; the study trained in it: model.double() before it is handed over"]
     )
     top = commented([*header(best), *notes, *warnings, "", *use, "", *OTHER_MODEL])
-    imports = "import math\n\nimport torch\nfrom transformers import TrainingArguments\n"
-    return Export(f"{top}\n{imports}{_definitions(best, plan)}{_training_arguments(best)}", tuple(warnings))
+    imports = f"{_imports(best)}\nfrom transformers import TrainingArguments"
+    return Export(f"{top}\n{imports}\n{_definitions(best, plan)}{_training_arguments(best)}", tuple(warnings))
 
 
 def _training_arguments(best: BestConfig) -> str:
@@ -166,6 +200,8 @@ def _definitions(best: BestConfig, plan: ModelPlan) -> str:
     elif anchored:
         parts.append(PULL_PARAMETERS)
         hooks.append("    optimizer.register_step_post_hook(pull_to_anchors)\n")
+    if optimizer.rule == "lion":
+        parts.append(_lion(optimizer.form))
     parts.append(
         f'\ndef build_optimizer(model):\n    """{optimizer.rule} under the study\'s decay policy."""\n'
         f"    optimizer = {_constructor(optimizer)}\n{''.join(hooks)}    return optimizer\n"
@@ -183,7 +219,15 @@ def _constructor(optimizer: OptimizerSpec) -> str:
             name = "Adam" if form == "coupled" else "AdamW"
             betas = f"betas=({optimizer.beta1!r}, {optimizer.beta2!r}), eps={optimizer.eps!r}"
             return f"torch.optim.{name}(param_groups(model), lr={optimizer.lr!r}, {betas})"
+        case "lion", _:
+            return f"Lion(param_groups(model), lr={optimizer.lr!r}, betas=({optimizer.beta1!r}, {optimizer.beta2!r}))"
     raise not_expressible(f"torch.optim has no such rule (got {optimizer.rule!r})", "optimizer.rule")
+
+
+def _lion(form: str) -> str:
+    if form == "coupled":
+        return LION.format(form=form, gradient="parameter.grad + decay * parameter", kept="1")
+    return LION.format(form=form, gradient="parameter.grad", kept='1 - group["lr"] * decay')
 
 
 def _groups(rows: Sequence[PlanRow], rate_key: str) -> str:
@@ -192,8 +236,8 @@ def _groups(rows: Sequence[PlanRow], rate_key: str) -> str:
         names.setdefault((row.rate, row.anchor if row.rate else 0.0), []).append(row.name)
     text = "GROUPS = [\n"
     for (rate, anchor), members in names.items():
-        listed = "".join(f"            {name!r},\n" for name in members)
-        pulled = f'        "anchor": {anchor!r},\n' if anchor else ""
+        listed = "".join(f"            {json.dumps(name)},\n" for name in members)
+        pulled = f'        "anchor": {json.dumps(anchor)},\n' if anchor else ""
         text += f'    {{\n        "{rate_key}": {rate!r},\n{pulled}        "names": [\n{listed}        ],\n    }},\n'
     return f'\n{text}]\n"""What decay does to which parameters."""\n'
 
@@ -213,13 +257,13 @@ def lr_factor_code(schedule: ScheduleSpec, total_steps: int) -> str:
 
 
 def _after_warmup(schedule: ScheduleSpec) -> str:
-    end = schedule.end
+    scaled = "{}" if schedule.end == 0 else f"{schedule.end!r} + (1 - {schedule.end!r}) * {{}}"
     match schedule.shape:
         case "constant":
             return "1.0"
         case "cosine":
-            return f"{end!r} + (1 - {end!r}) * (1 + math.cos(math.pi * progress)) / 2"
+            return scaled.format("(1 + math.cos(math.pi * progress)) / 2")
         case "linear":
-            return f"{end!r} + (1 - {end!r}) * (1 - progress)"
+            return scaled.format("(1 - progress)")
         case "step":
             return f"{schedule.factor!r} ** sum(min(step, total_steps) >= round(share * total_steps) for share in {schedule.milestones!r})"

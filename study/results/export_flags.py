@@ -4,6 +4,7 @@ settings ──their rule──> what they would decay ──compared with the p
 """
 
 import itertools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -133,7 +134,7 @@ def _timm_shape(best: BestConfig, plan: ModelPlan) -> dict[str, object]:
 def _timm_schedule(best: BestConfig, plan: ModelPlan) -> str:
     factor = lr_factor_code(best.schedule, plan.steps_per_epoch * best.schedule.epochs)
     set_lr = "lr_scheduler._get_lr = lambda step: [peak * lr_factor(step) for peak in lr_scheduler.base_values]"
-    return f"import math\n\n{factor}\n{set_lr}\nlr_scheduler.update_groups(lr_scheduler._get_lr(0))\nnum_epochs = {best.schedule.epochs}\n"
+    return f"{_import_math(best)}{factor}\n{set_lr}\nlr_scheduler.update_groups(lr_scheduler._get_lr(0))\nnum_epochs = {best.schedule.epochs}\n"
 
 
 def torchvision_flags(best: BestConfig, plan: ModelPlan) -> Export:
@@ -225,21 +226,23 @@ def _schedule_flags(best: BestConfig, plan: ModelPlan) -> dict[str, object]:
 
 def _torchvision_schedule(best: BestConfig, plan: ModelPlan) -> str:
     factor = lr_factor_code(best.schedule, plan.steps_per_epoch * best.schedule.epochs)
-    return f"import math\n\n{factor}\nlr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)\n"
+    return f"{_import_math(best)}{factor}\nlr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)\n"
 
 
 def _repair(wrong: Sequence[PlanRow], optimizer: OptimizerSpec) -> str:
     """Code that gives the wrongly decayed parameters groups of their own, and pulls to anchors other than 0."""
     anchors = {row.name: row.anchor for row in wrong if row.rate and row.anchor}
-    rates = "".join(f"    {row.name!r}: {row.rate!r},\n" for row in wrong)
-    lines = (
-        f"import torch\n\nRATES = {{\n{rates}}}\nANCHORS = {{{''.join(f'{name!r}: {anchor!r}, ' for name, anchor in anchors.items())}}}\n{REGROUP}"
-    )
+    rates = json.dumps({row.name: row.rate for row in wrong}, indent=4)
+    lines = f"import torch\n\nRATES = {rates}\nANCHORS = {json.dumps(anchors, indent=4)}\n{REGROUP}"
     if not anchors:
         return lines
     if optimizer.form == "coupled":
         return lines + PULL.format(pull='parameter.grad.sub_(anchor, alpha=group["weight_decay"])', register="register_step_pre_hook")
     return lines + PULL.format(pull='parameter.add_(anchor, alpha=group["lr"] * group["weight_decay"])', register="register_step_post_hook")
+
+
+def _import_math(best: BestConfig) -> str:
+    return "import math\n\n" if best.schedule.shape == "cosine" else ""
 
 
 def _code(text: str) -> list[str]:

@@ -68,16 +68,18 @@ def header(best: BestConfig) -> list[str]:
     if objective.mean is not None and objective.interval is not None:
         low, high = objective.interval
         value += f", {objective.mean:.6g} over {objective.seeds} fresh seeds (95% interval {low:.6g} to {high:.6g})"
+    more = "".join(f", {name} {told}" for name, told in best.trial.model_dump(exclude_defaults=True, include={"loss", "precision"}).items())
     return [
         f"The best trial of the study {best.name} ({best.study_id}): {best.trial_id}, {value}.",
-        f"Trained on: data {_told(data)}; model {_told(model)}; seed {best.trial.seed}.",
+        f"Trained on: data {_told(data)}; model {_told(model)};",
+        f"batches of {data.batch_size}, {best.schedule.epochs} epochs, seed {best.trial.seed}{more}.",
         f"Decay policy: gamma {best.optimizer.gamma}, shift {best.optimizer.shift}, embedding {best.optimizer.embedding}, {best.optimizer.form}.",
     ]
 
 
 def _told(spec: Frozen) -> str:
     """A section of the trial in one line: its name, then every field that is not at its default."""
-    told = spec.model_dump(mode="json", exclude_defaults=True, exclude={"name"})
+    told = spec.model_dump(mode="json", exclude_defaults=True, exclude={"name", "batch_size"})
     return f"{getattr(spec, 'name', '')}{''.join(f', {key} {value}' for key, value in told.items())}"
 
 

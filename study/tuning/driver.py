@@ -70,6 +70,7 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
     base = home_path(home)
     folder = StudyFolder.prepare(base, spec)
     with folder.running():
+        folder.remember(spec)
         if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= spec.search.trials:
             return _read(folder)
         audit(spec)

@@ -166,7 +166,7 @@ class Search:
         for path in _parents_first(self.spec.nuisance):
             axis = self.spec.space[path]
             if all({**arm, **drawn}.get(parent, _MISSING) == value for parent, value in axis.when.items()):
-                drawn[path] = _suggested(trial, path, axis, self.spec.integer(path) if axis.choices is None else False)
+                drawn[path] = _suggested(trial, path, axis, self.spec.integer(path))
         return drawn
 
     def _sampler(self, number: int, local: int) -> BaseSampler:
@@ -220,10 +220,7 @@ def _sobol_point(spec: StudySpec, local: int) -> Assignment:
     axes = spec.nuisance
     sequence = qmc.Sobol(len(axes), scramble=True, rng=_seed(spec.search.seed, -1))
     unit = sequence.fast_forward(local).random(1)[0] if local else sequence.random(1)[0]
-    return {
-        path: _at(axis, spec.integer(path) if axis.choices is None else False, float(share))
-        for (path, axis), share in zip(axes.items(), unit, strict=True)
-    }
+    return {path: _at(axis, spec.integer(path), float(share)) for (path, axis), share in zip(axes.items(), unit, strict=True)}
 
 
 def _at(axis: Axis, integer: bool, share: float) -> Any:
@@ -242,7 +239,7 @@ def _at(axis: Axis, integer: bool, share: float) -> Any:
 
 def _points(spec: StudySpec) -> Iterator[Assignment]:
     """Every combination of the nuisance axes' values, the last axis fastest."""
-    values = [_values(axis, spec.integer(path) if axis.choices is None else False) for path, axis in spec.nuisance.items()]
+    values = [_values(axis, spec.integer(path)) for path, axis in spec.nuisance.items()]
     for combination in itertools.product(*values):
         yield dict(zip(spec.nuisance, combination, strict=True))
 

@@ -146,7 +146,12 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 def net(scale: float = 1.0) -> nn.Sequential:
     torch.manual_seed(3)
     model = nn.Sequential(
-        nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8, eps=1e-16), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, eps=1e-16), nn.Linear(8, 3)
+        nn.Linear(6, 8, bias=False),
+        nn.BatchNorm1d(8, eps=1e-16),
+        nn.ReLU(),
+        nn.Linear(8, 8, bias=False),
+        nn.BatchNorm1d(8, eps=1e-16),
+        nn.Linear(8, 3),
     )
     model = model.double().train()
     with torch.no_grad():
