@@ -9,6 +9,9 @@ BIN = .venv/bin
 # --no-compile: Python compiles the few modules that are used, when they are used.
 PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
+# Two processes: the slow tests wait for other processes more than they compute. Files stay whole, as they share fixtures that take seconds.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
 .PHONY: help demo test check bench clean
 
 help: ## List the targets
@@ -22,14 +25,14 @@ demo: .venv/.installed ## Search a real problem in minutes: search_spaces/quicks
 	@echo "The best config is in       $${STUDY_HOME:-studies}/quickstart/best.yaml"
 
 test: .venv/.installed ## Run the tests
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 check: .venv/.installed ## What CI runs: format, lint, types, imports, tests
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache  # a cache does not notice that a module is new
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 bench: .venv/.installed ## Measure our overhead, as ratios
 	@$(BIN)/python tests/benchmarks/run.py

@@ -28,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one process, and so do all that look at the quickstart, which is then run once."""
+    for item in items:
+        looks = {"quickstart_home", "quickstart_server"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("quickstart" if looks else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with MLflow's tables and nothing in them; making one takes seconds, copying it none."""
