@@ -26,4 +26,4 @@ def library(name: str) -> ModuleType:
         _stubs.append(stub)
     except ImportError:
         pass
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'effective-lr-study[dev]'")
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install {name.partition('.')[0]}")

@@ -32,6 +32,8 @@ class PlanRow:
     anchor: float | str = 0.0
     """0, 1, or `init`: the value that it had when the optimizer was built."""
     constrained: bool = False
+    frozen: bool = False
+    """Whether nothing trains it, so that nothing decays it either."""
     spared_by: frozenset[str] = frozenset()
     """The libraries whose default exempts it; see `study.training.compare`."""
 
@@ -42,7 +44,7 @@ class PlanRow:
 
     def is_decayed_as(self, rate: float) -> bool:
         """Whether decay of this rate to 0 is what the plan says."""
-        return not self.constrained and self.rate == rate and (rate == 0 or self.anchor == 0)
+        return self.frozen or (not self.constrained and self.rate == rate and (rate == 0 or self.anchor == 0))
 
 
 @dataclass(frozen=True, slots=True)

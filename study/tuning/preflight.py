@@ -88,6 +88,7 @@ def model_plan(trial: TrialSpec) -> ModelPlan:
     """
     data, model, roles = _built(trial)
     plan = decay_plan(roles, trial.optimizer)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     spared = {library: frozenset(each.exempt) for library, each in compare(model, plan, trial.optimizer.weight_decay).items()}
     rows = (
         PlanRow(
@@ -96,6 +97,7 @@ def model_plan(trial: TrialSpec) -> ModelPlan:
             planned.rate,
             planned.anchor,
             planned.constrained,
+            planned.parameter.name in frozen,
             frozenset(library for library, names in spared.items() if planned.parameter.name in names),
         )
         for planned in plan

@@ -93,6 +93,13 @@ def test_timms_rule_is_timms(build: Any) -> None:
     assert trainable(model, exempt_in_timm(model)) == exempt
 
 
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_timms_rule_is_what_timm_documents(build: Any) -> None:
+    """One-dimensional parameters and biases are exempt; told again here, for timm needs a torchvision that not every torch has."""
+    documented = {name for name, parameter in build().named_parameters() if parameter.ndim <= 1 or name.endswith(".bias")}
+    assert trainable(build(), exempt_in_timm(build())) == documented & trainable(build(), frozenset(documented))
+
+
 def test_timm_leaves_out_what_the_model_itself_names() -> None:
     optim, model = library("timm.optim"), nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     model.no_weight_decay = lambda: {"0.*"}  # type: ignore[assignment]
