@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from study.document import overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
 from study.problems import Lines, Model, validated
-from study.space import Assignment, Axis, Frozen, arms, word
+from study.space import Assignment, Axis, Frozen, arms, not_a_boolean, word
 from study.trial import Count, NonNegative, Seed, TrialSpec
 
 MAX_COMBINATIONS = 1_000
@@ -93,6 +93,15 @@ class StoppingSpec(Frozen):
     """Compare a trial with trials of its own arm only, so that no arm is stopped because another learns faster."""
 
 
+class ReplicateSpec(Frozen):
+    """Which trials are trained again with fresh seeds, so that the winner is not the luckiest."""
+
+    top: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 0
+    """How many of the best completed trials of each arm; 0 replicates none."""
+    seeds: Count = 5
+    """How often each."""
+
+
 class BudgetSpec(Frozen):
     """When the whole study ends, whatever is left of it."""
 
@@ -111,6 +120,10 @@ class ResourcesSpec(Frozen):
     """Cores that a trial reserves; each trial computes on one thread whatever this says."""
     gpus_per_trial: NonNegative = 0.0
     """Share of a GPU that a trial reserves; 0 trains on the CPU."""
+    slots: Literal["auto"] = "auto"
+    """How many trials one engine trains at once; the solo engine has one slot."""
+    gpus_per_engine: Literal["auto"] = "auto"
+    """How much of a GPU one engine takes; the solo engine takes `gpus_per_trial`."""
 
 
 class KeepSpec(Frozen):
@@ -136,9 +149,20 @@ class StudySpec(Frozen):
     search: SearchSpec
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     stopping: StoppingSpec = Field(default_factory=StoppingSpec)
+    replicate: ReplicateSpec = Field(default_factory=ReplicateSpec)
+    """Not acted upon yet: `study plan` and `study run` say so."""
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep: KeepSpec = Field(default_factory=KeepSpec)
+    claims: tuple[JsonValue, ...] = ()
+    """Falsifiable statements about the table of trials; none can be tested yet."""
+
+    @field_validator("claims")
+    @classmethod
+    def _no_claims_yet(cls, claims: tuple[JsonValue, ...]) -> tuple[JsonValue, ...]:
+        if claims:
+            raise ValueError(f"this version tests no claims (got {len(claims)}); remove them")
+        return claims
 
     @field_validator("space")
     @classmethod

@@ -596,3 +596,40 @@ def test_plain_values_survive_being_written_as_yaml(value: object) -> None:
 
     text = to_yaml({"value": value})
     assert same(parse_value(text), {"value": value})
+
+
+CONTRACT = """
+version: 1
+name: gamma-roles
+question: Which norm gains should weight decay touch?
+trial:
+  seed: 0
+  data: {name: digits, batch_size: 64, label_noise: 0.1, validation: 0.2}
+  model: {name: resnet, norm: batch, width: 16, blocks: [2, 2]}
+  optimizer: {rule: sgd, momentum: 0.9, lr: 0.1, weight_decay: 5.0e-4, gamma: none, shift: exempt}
+  schedule: {epochs: 20, warmup: 0.05, shape: cosine}
+  trace: {every: 20}
+space:
+  optimizer.lr:           {low: 1.0e-3, high: 1.0, log: true}
+  optimizer.weight_decay: {low: 1.0e-5, high: 1.0e-1, log: true}
+  optimizer.gamma:        {choices: [none, all, last, inner, inner+last], role: scientific}
+search: {sampler: tpe, trials: 60, seed: 0}
+objective: {metric: val/error, direction: minimize}
+stopping:  {scheduler: asha, grace: 4, reduction: 3}
+replicate: {top: 3, seeds: 5}
+budget:    {wall: 2h, gpu_hours: 1.5}
+resources: {engine: auto, slots: auto, gpus_per_engine: auto}
+claims:    []
+"""
+
+
+def test_the_published_example_is_a_valid_spec(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(CONTRACT)
+    spec = load_spec(tmp_path / "spec.yaml")
+    assert (len(spec.arms), spec.budget.wall, spec.replicate.top) == (5, 7200, 3)
+
+
+def test_claims_are_refused_while_none_can_be_tested(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(CONTRACT.replace("claims:    []", "claims: [{id: x}]"))
+    with pytest.raises(SpecError, match=r"spec.yaml:22: claims: this version tests no claims \(got 1\); remove them"):
+        load_spec(tmp_path / "spec.yaml")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from study.tuning.search import Proposal, Search
     from study.tuning.stopping import History
 
+log = logging.getLogger(__name__)
+
 PACKAGES = ("effective-lr-study", "torch", "ray", "optuna", "mlflow", "pydantic", "numpy")
 """Whose versions are remembered with a study."""
 
@@ -73,7 +75,8 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         folder.remember(spec)
         if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= spec.search.trials:
             return _read(folder)
-        audit(spec)
+        for warning in audit(spec).warnings:
+            log.warning("warning: %s", warning)
         store = tracking_uri_for(base, tracking_uri)
         recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine="solo")
         folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
