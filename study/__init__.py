@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from study.spec import StudySpec, load_spec
     from study.training.decay import build_optimizer, param_groups
     from study.training.effective_lr import EffectiveLR
+    from study.training.invariance import check_scale_invariance
     from study.training.roles import gain_places
     from study.training.schedules import build_scheduler
     from study.trial import TrialSpec
@@ -33,6 +34,7 @@ __all__ = [
     "TrialSpec",
     "build_optimizer",
     "build_scheduler",
+    "check_scale_invariance",
     "errors",
     "gain_places",
     "load_best",
@@ -49,6 +51,7 @@ _HOME = {
     "TrialSpec": ("study.trial", ""),
     "build_optimizer": ("study.training.decay", "torch"),
     "build_scheduler": ("study.training.schedules", "torch"),
+    "check_scale_invariance": ("study.training.invariance", "torch"),
     "gain_places": ("study.training.roles", "torch"),
     "load_spec": ("study.spec", ""),
     "param_groups": ("study.training.decay", "torch"),

@@ -15,6 +15,7 @@ PROMISED = {
     "EffectiveLR",
     "build_optimizer",
     "build_scheduler",
+    "check_scale_invariance",
     "gain_places",
     "load_best",
     "load_spec",

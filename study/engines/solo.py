@@ -22,8 +22,9 @@ from study.training.effective_lr import EffectiveLR
 from study.training.imported import user_function
 from study.training.losses import loss_function
 from study.training.models import build_model
+from study.training.plans import roles_on
 from study.training.probes import probe
-from study.training.roles import Role, parameter_roles
+from study.training.roles import Role
 from study.training.schedules import build_scheduler, decay_factor
 from study.trial import TrialSpec
 
@@ -99,7 +100,7 @@ class _SoloTrial:
             torch.manual_seed(sub_seed(trial.seed, "init"))
             model = build_model(trial.model, self.data.shape, self.data.num_classes)
         self.model: nn.Module = model.to(device, self.dtype)
-        self.roles = parameter_roles(self.model, trial.model.places)
+        self.roles = roles_on(self.model, self.data.train_images, trial.model.places)
         absent_places(self.roles, trial.optimizer.gamma)
         self.optimizer = optimizer_for(self.model, decay_plan(self.roles, trial.optimizer), trial.optimizer, fused=True)
         self.total_steps = trial.schedule.epochs * self.steps_per_epoch

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from study.errors import ModelError
-from study.training.graph import trace_module
-from study.training.roles import residual_sums
+from study.training.places import residual_sums
+from study.training.symbolic import trace_module
 
 
 def probe(name: str, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:

@@ -13,7 +13,8 @@ from study.training.data import Data, load_data
 from study.training.decay import Planned, absent_places, decay_plan, plan_hash
 from study.training.losses import loss_function
 from study.training.models import build_model
-from study.training.roles import ParameterRole, Role, parameter_roles
+from study.training.plans import roles_on
+from study.training.roles import ParameterRole, Role
 from study.trial import TrialSpec
 
 
@@ -108,7 +109,7 @@ def model_plan(trial: TrialSpec) -> ModelPlan:
 def _built(trial: TrialSpec) -> tuple[Data, nn.Module, list[ParameterRole]]:
     data = load_data(trial.data)
     model = build_model(trial.model, data.shape, data.num_classes)
-    return data, model, parameter_roles(model, trial.model.places)
+    return data, model, roles_on(model, data.train_images, trial.model.places)
 
 
 def _steps_per_epoch(data: Data, trial: TrialSpec) -> int:

@@ -166,6 +166,28 @@ def test_the_users_metrics_are_measured_under_their_own_name(tmp_path: Path, mon
     assert 0.1 <= seen[0].values["val/confidence"] <= 1
 
 
+def test_a_model_that_only_a_run_on_images_explains_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_branching.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.n, self.b = torch.nn.Linear(64, 8, bias=False), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(1)\n"
+        "        if x.abs().max() > 1e9:\n"
+        "            x = x / 2\n"
+        "        return self.b(torch.relu(self.n(self.a(x))))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = {"name": "import:my_branching:Net", "width": 16, "blocks": [2, 2]}
+    engine = SoloEngine()
+    engine.admit("t", trial(model=model, optimizer={"gamma": "final"}, schedule={"epochs": 1}))
+    (progress,) = engine.advance()
+    assert progress.measurement.values["gamma_rms/final"] > 0
+    assert {sample.layer for sample in progress.measurement.samples if sample.scale_invariant} == {"a"}
+
+
 def test_input_that_cannot_work_is_said_at_admission() -> None:
     with pytest.raises(DataError, match="batch"):
         SoloEngine().admit("t", trial(data={"train_size": 20}))
