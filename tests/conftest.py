@@ -28,11 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
 
 
+SLOW = ("quickstart", "test_driver.py")
+"""Groups of tests that take minutes: begun first, so that the last process does not work alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file run in one process, and so do all that look at the quickstart, which is then run once."""
-    for item in items:
-        looks = {"quickstart_home", "quickstart_server"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("quickstart" if looks else item.path.name))
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] not in SLOW)
+
+
+def _group(item: pytest.Item) -> str:
+    looks = {"quickstart_home", "quickstart_server"} & set(getattr(item, "fixturenames", ()))
+    return "quickstart" if looks else item.path.name
 
 
 @pytest.fixture(scope="session")
