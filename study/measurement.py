@@ -54,7 +54,35 @@ class LayerSample:
     rotation_expected: float | None
     """The angle at equilibrium, where theory gives one."""
     source: str = "weights"
-    """`weights`: measured on the weights themselves."""
+    """`weights`: the rotation was measured on the weights before and after the step; `update`: on dot products of weights and update."""
+    relaxation_time: float | None = None
+    """Steps in which a deviation from equilibrium falls by a factor e; None where theory gives none."""
+    coordinate_rate: float | None = None
+    """Of adam and adamw: the mean over coordinates of lr / (sqrt(v) + eps), the step per unit of gradient."""
+
+    @property
+    def unit_gradient(self) -> float:
+        """|w| |g|: the gradient's norm as seen at w/|w|, whatever the scale of w."""
+        return self.weight_norm * self.grad_norm
+
+    @property
+    def rotation_ratio(self) -> float | None:
+        """Measured over expected rotation."""
+        return self.rotation / self.rotation_expected if self.rotation_expected else None
+
+
+@dataclass(frozen=True, slots=True)
+class GainSample:
+    """The gains of one norm."""
+
+    place: str
+    rms: float
+    """Root mean square over channels."""
+    distance: float
+    """Root mean square of gain - 1 over channels: 0 as most norms begin."""
+    dead: int
+    """Channels whose gain is so small that they carry nothing."""
+    channels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +148,7 @@ def layer_medians(samples: Sequence[LayerSample]) -> dict[str, float]:
     columns = {
         "effective_lr/median": [row.effective_lr for row in rows if row.effective_lr is not None],
         "rotation/median": [row.rotation for row in rows],
-        "rotation_ratio/median": [row.rotation / row.rotation_expected for row in rows if row.rotation_expected],
+        "rotation_ratio/median": [row.rotation_ratio for row in rows if row.rotation_ratio is not None],
     }
     seen = {name: [value for value in column if math.isfinite(value)] for name, column in columns.items()}
     return {name: median(column) for name, column in seen.items() if column}

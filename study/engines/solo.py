@@ -19,12 +19,12 @@ from study.measurement import Ending, LayerSample, Measurement, Outcome, Reason,
 from study.training.data import Data, augmented, batches, load_data
 from study.training.decay import absent_places, decay_plan, optimizer_for
 from study.training.effective_lr import EffectiveLR
+from study.training.gains import by_place
 from study.training.imported import user_function
 from study.training.losses import loss_function
 from study.training.models import build_model
 from study.training.plans import roles_on
 from study.training.probes import probe
-from study.training.roles import Role
 from study.training.schedules import build_scheduler, decay_factor
 from study.trial import TrialSpec
 
@@ -127,7 +127,7 @@ class _SoloTrial:
         reason = self._divergence(values["train/loss"])
         if not reason:
             values |= self._evaluate()
-            values |= self._gains() | layer_medians(samples)
+            values |= by_place(self.tracer.gains().values()) | layer_medians(samples)
             reason = _not_finite(values["val/loss"]) if "val/loss" in values else ""
         ending = Ending(Outcome.DIVERGED, reason) if reason else None
         if ending is None and self.epoch == self.trial.schedule.epochs:
@@ -215,15 +215,6 @@ class _SoloTrial:
     def _logits(self, images: Tensor) -> Tensor:
         with self._autocast():
             return torch.cat([self.model(part) for part in torch.split(images, EVALUATION_IMAGES)]).to(self.dtype)
-
-    def _gains(self) -> dict[str, float]:
-        """The root mean square of the gains at each place."""
-        squares: dict[str, list[Tensor]] = {}
-        parameters = dict(self.model.named_parameters())
-        for role in self.roles:
-            if role.role is Role.GAIN:
-                squares.setdefault(role.place, []).append(parameters[role.name].detach().reshape(-1).square())
-        return {f"gamma_rms/{place}": float(torch.cat(gains).mean().sqrt()) for place, gains in squares.items()}
 
     @torch.no_grad()
     def _probe(self) -> dict[str, float]:

@@ -126,8 +126,6 @@ def _ratios(layers: Sequence[LayerSample]) -> dict[str, float]:
 
 
 def _of(layer: LayerSample, quantity: str) -> float | None:
-    if quantity == RATIO:
-        return layer.rotation / layer.rotation_expected if layer.rotation_expected else None
     value: float | None = getattr(layer, quantity)
     return value
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from study.errors import ModelError, UnclaimedParameter, UnknownPlace
@@ -89,13 +89,34 @@ def parameter_roles(model: nn.Module, places: Mapping[str, str] | None = None, *
         UnknownPlace: if a gain's place cannot be known and no pattern names it.
         ModelError: if the model does not run on the example, or has parameters without a shape yet.
     """
+    found, failure = _found(model, example)
+    for name, role in found.items():
+        if role is None:
+            raise _unclaimed(model, name, failure)
+    return _with_known_places([role for role in found.values() if role is not None], places or {}, failure, needs_example=example is None)
+
+
+def visible_roles(model: nn.Module, *, example: Example | None = None) -> tuple[list[ParameterRole], str]:
+    """The roles that can be seen, for those who only look on: parameters without one are left out, places may be `unknown`.
+
+    Returns:
+        The roles, and why the computation could not be read; empty where it could. Without it no weight is known to be scale-invariant.
+
+    Raises:
+        ModelError: if the model does not run on the example, or has parameters without a shape yet.
+    """
+    found, failure = _found(model, example)
+    return [role for role in found.values() if role is not None], failure
+
+
+def _found(model: nn.Module, example: Example | None) -> tuple[dict[str, ParameterRole | None], str]:
+    """Every parameter's role, None where there is none; and why the computation could not be read, if it could not."""
     _check_initialized(model)
     graph, failure = read(model, example)
     where = {**following_places(graph), **gain_and_shift_places(graph)} if graph else {}
     invariant = scale_invariant_weights(graph) if graph else frozenset()
     modules = dict(model.named_modules())
-    found = [_role(name, parameter, modules, where, invariant, graph, failure) for name, parameter in model.named_parameters()]
-    return _with_known_places(found, places or {}, failure, needs_example=example is None)
+    return {name: _role(name, modules, where, invariant, graph) for name, _ in model.named_parameters()}, failure
 
 
 def read(model: nn.Module, example: Example | None) -> tuple[Graph | None, str]:
@@ -119,14 +140,8 @@ def _check_initialized(model: nn.Module) -> None:
 
 
 def _role(
-    name: str,
-    parameter: Tensor,
-    modules: Mapping[str, nn.Module],
-    where: Mapping[str, str],
-    invariant: frozenset[str],
-    graph: Graph | None,
-    failure: str,
-) -> ParameterRole:
+    name: str, modules: Mapping[str, nn.Module], where: Mapping[str, str], invariant: frozenset[str], graph: Graph | None
+) -> ParameterRole | None:
     path = name.rpartition(".")[0]
     layer = path.partition(".parametrizations.")[0]
     role = _role_by_owner(name, modules) or (_role_in(name, graph) if graph else None)
@@ -142,15 +157,16 @@ def _role(
             return ParameterRole(name, role, name)
         case Role():
             return ParameterRole(name, role, layer)
+    return None
+
+
+def _unclaimed(model: nn.Module, name: str, failure: str) -> UnclaimedParameter:
+    owner, shape = type(model.get_submodule(name.rpartition(".")[0])).__name__, list(model.get_parameter(name).shape)
     if failure:
         reason, remedy = f"; the computation could not be read ({failure})", f"give an example of its inputs: {HOW_TO_GIVE}"
     else:
         reason, remedy = "", "hold it in a torch.nn layer, or add it to or multiply it with an activation in forward"
-    raise UnclaimedParameter(
-        f"no role claims the parameter {name!r} (shape {list(parameter.shape)}, of a {type(modules[path]).__name__}){reason}",
-        where="model",
-        remedy=remedy,
-    )
+    return UnclaimedParameter(f"no role claims the parameter {name!r} (shape {shape}, of a {owner}){reason}", where="model", remedy=remedy)
 
 
 def _role_by_owner(name: str, modules: Mapping[str, nn.Module]) -> Role | None:

@@ -9,7 +9,6 @@ adam, adamw     (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 lion            sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from study.training.equilibrium import rotation_at_equilibrium
 
 State = dict[str, Any]
 """Of one parameter: its moments, its initial value, its initial norm; what the rule and the constraint need."""
@@ -60,30 +61,6 @@ def lion(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
 
 
 RULES: dict[str, Callable[[Tensor, State, dict[str, Any]], Tensor]] = {"sgd": sgd, "adam": adam, "adamw": adam, "lion": lion}
-
-
-def rotation_at_equilibrium(group: dict[str, Any]) -> float | None:
-    """The angle by which a scale-invariant weight turns in each step at equilibrium, in radians; None where theory gives none.
-
-    Source: Wan et al., Spherical Motion Dynamics, arXiv:2006.08419 (sgd, coupled); Kosson et al., Rotational Equilibrium,
-    arXiv:2305.17212 (adamw, lion).
-    """
-    product = 2 * float(group["lr"]) * float(group["weight_decay"])
-    match group["rule"], group["form"]:
-        case "sgd", "coupled":
-            momentum = group["momentum"]
-            nesterov = math.sqrt((1 + momentum) ** 3 * (1 - momentum) + momentum**4) if group["nesterov"] else 1.0
-            return nesterov * math.sqrt(product / (1 + momentum)) or None
-        case "sgd", "decoupled" if not group["nesterov"]:
-            momentum = group["momentum"]
-            return math.sqrt(product * (1 - momentum) / (1 + momentum)) or None
-        case (("adam" | "adamw"), "decoupled"):
-            first = group["betas"][0]
-            return math.sqrt(product * (1 - first) / (1 + first)) or None
-        case "lion", "decoupled":
-            first, second = group["betas"]
-            return math.sqrt(math.pi / 2 * product * ((1 - first) ** 2 + first**2 * (1 - second) / (1 + second))) or None
-    return None
 
 
 def norms(weight: Tensor, granularity: str) -> Tensor:
