@@ -3,10 +3,8 @@
 epoch = steps over one shuffled pass ──> BatchNorm statistics ──> validation ──> Measurement (and Ending, when it is the last)
 """
 
-import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,38 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from study.engines.course import Course, sub_seed
 from study.engines.engine import Progress, Snapshot
-from study.measurement import Ending, LayerSample, Measurement, Outcome, Reason, finite, layer_medians
-from study.training.data import Data, augmented, batches, load_data
+from study.engines.moments import moments_of, restore_moments
+from study.measurement import LayerSample
 from study.training.decay import absent_places, decay_plan, optimizer_for
 from study.training.effective_lr import EffectiveLR
 from study.training.gains import by_place
-from study.training.imported import user_function
-from study.training.losses import loss_function
 from study.training.models import build_model
 from study.training.plans import roles_on
-from study.training.probes import probe
-from study.training.schedules import build_scheduler, decay_factor
+from study.training.schedules import build_scheduler, restore_schedule
 from study.trial import TrialSpec
-
-EXPLODED_LOSS = 1e3
-"""An interval's mean train loss above this many times max(1, first loss) has exploded."""
-
-EXPLODED_PARAMETER = 1e15
-"""A parameter of larger size has exploded."""
 
 STATISTICS_IMAGES = 512
 """Training images from which BatchNorm statistics are estimated before an evaluation."""
 
 EVALUATION_IMAGES = 1024
 """Images that go through the model at once when it is evaluated."""
-
-Metric = Callable[[Tensor, Tensor], float]
-
-
-def sub_seed(seed: int, purpose: str) -> int:
-    """An independent seed for one purpose of a trial."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8]) >> 1
 
 
 class SoloEngine:
@@ -62,14 +45,14 @@ class SoloEngine:
             InputError: if data, model or policy do not fit together.
             ValueError: if the snapshot belongs to another trial.
         """
-        with _one_thread():
+        with on_one_thread():
             self._trial = _SoloTrial(trial_id, trial, self._device)
             if snapshot is not None:
                 self._trial.restore(snapshot)
 
     def advance(self) -> list[Progress]:
         """Trains one epoch."""
-        with _one_thread():
+        with on_one_thread():
             return [self._admitted().advance()]
 
     def snapshot(self, trial_id: str) -> Snapshot:
@@ -93,78 +76,49 @@ class _SoloTrial:
     """One trial between its first step and its last."""
 
     def __init__(self, trial_id: str, trial: TrialSpec, device: torch.device) -> None:
-        self.trial_id, self.trial, self.device = trial_id, trial, device
-        self.dtype = torch.float64 if trial.precision == "float64" else torch.float32
-        self.data: Data = load_data(trial.data).to(device, self.dtype)
-        with torch.random.fork_rng(devices=_cuda(device)):
-            torch.manual_seed(sub_seed(trial.seed, "init"))
-            model = build_model(trial.model, self.data.shape, self.data.num_classes)
-        self.model: nn.Module = model.to(device, self.dtype)
+        self.trial, self.device = trial, device
+        self.course = Course(trial_id, trial, device)
+        self.data = self.course.data
+        self.model: nn.Module = initial_model(trial, self.course, device)
         self.roles = roles_on(self.model, self.data.train_images, trial.model.places)
         absent_places(self.roles, trial.optimizer.gamma)
         self.optimizer = optimizer_for(self.model, decay_plan(self.roles, trial.optimizer), trial.optimizer, fused=True)
-        self.total_steps = trial.schedule.epochs * self.steps_per_epoch
-        self.scheduler = build_scheduler(self.optimizer, trial.schedule, self.total_steps)
+        self.scheduler = build_scheduler(self.optimizer, trial.schedule, self.course.total_steps)
         self.tracer = EffectiveLR(self.model, self.optimizer, trial.trace.every, roles=self.roles)
-        self.loss = loss_function(trial.loss)
-        self.metrics: dict[str, Metric] = {f"val/{path.rpartition(':')[2]}": user_function(path) for path in trial.metrics}
-        self.order = torch.Generator().manual_seed(sub_seed(trial.seed, "order"))
-        self.augmentation = torch.Generator(device).manual_seed(sub_seed(trial.seed, "augmentation"))
         self.dropout = _rng_state(sub_seed(trial.seed, "dropout"), device)
-        self.step = self.epoch = 0
-        self.first_loss = math.nan
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass; the images that fill no batch are left out."""
-        return len(self.data.train_labels) // self.trial.data.batch_size
 
     def advance(self) -> Progress:
         """Trains one epoch and measures."""
         start = time.perf_counter()
         values, samples = self._train_epoch()
-        self.epoch += 1
-        reason = self._divergence(values["train/loss"])
+        self.course.epoch += 1
+        reason = self.course.divergence(values["train/loss"], max(float(parameter.detach().abs().max()) for parameter in self.model.parameters()))
         if not reason:
-            values |= self._evaluate()
-            values |= by_place(self.tracer.gains().values()) | layer_medians(samples)
-            reason = _not_finite(values["val/loss"]) if "val/loss" in values else ""
-        ending = Ending(Outcome.DIVERGED, reason) if reason else None
-        if ending is None and self.epoch == self.trial.schedule.epochs:
-            ending = Ending(Outcome.COMPLETED)
-            values |= self._probe()
-        measurement = Measurement(self.step, self.epoch, finite(values), tuple(samples), time.perf_counter() - start)
-        return Progress(self.trial_id, measurement, ending)
+            values |= self._evaluate() | by_place(self.tracer.gains().values())
+            values |= self._probe() if self.course.is_last else {}
+        return self.course.measured(values, samples, reason, time.perf_counter() - start)
 
     def _train_epoch(self) -> tuple[dict[str, float], list[LayerSample]]:
         losses, wrong = [], []
         samples: list[LayerSample] = []
         self.model.train()
         with _own_randomness(self):
-            for indices in batches(len(self.data.train_labels), self.trial.data.batch_size, self.order):
-                images, labels = self.data.train_images[indices], self.data.train_labels[indices]
-                loss, logits = self._step(augmented(images, self.trial.data.augment, self.augmentation), labels)
+            for indices in self.course.batches():
+                images, labels = self.course.batch(indices)
+                loss, logits = self._step(images, labels)
                 losses.append(loss)
                 wrong.append(logits.argmax(1) != labels)
-                self.step += 1
+                self.course.step += 1
                 if sample := self.tracer.sample():
                     samples += sample.values()
-        if math.isnan(self.first_loss):
-            self.first_loss = float(losses[0])
-        lr = self.optimizer.param_groups[0]["lr"]
-        decay = self.trial.optimizer.weight_decay * decay_factor(self.trial.schedule, self.step, self.total_steps)
-        self_reported = {"lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
-        return {
-            "train/loss": float(torch.stack(losses).mean()),
-            "train/error": float(torch.stack(wrong).to(self.dtype).mean()),
-            **self_reported,
-        }, samples
+        error = float(torch.stack(wrong).to(self.course.dtype).mean())
+        return self.course.trained(float(losses[0]), float(torch.stack(losses).mean()), error), samples
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad()
         with self._autocast():
             logits = self.model(images)
-            loss = self.loss(logits, labels)
+            loss = self.course.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.trial.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.trial.optimizer.clip)
@@ -175,26 +129,13 @@ class _SoloTrial:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.trial.precision == "bf16" else nullcontext()
 
-    def _divergence(self, train_loss: float) -> Reason:
-        """Why the trial counts as diverged; the same rule in every engine."""
-        if reason := _not_finite(train_loss):
-            return reason
-        largest = max(float(parameter.detach().abs().max()) for parameter in self.model.parameters())
-        if reason := _not_finite(largest):
-            return reason
-        exploded = train_loss > EXPLODED_LOSS * max(1.0, self.first_loss) or largest > EXPLODED_PARAMETER
-        return "exploded" if exploded else ""
-
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         self._estimate_statistics()
         self.model.eval()
-        labels = self.data.validation_labels
-        if not len(labels):
+        if not len(self.data.validation_labels):
             return {}
-        logits = self._logits(self.data.validation_images)
-        own = {name: float(metric(logits, labels)) for name, metric in self.metrics.items()}
-        return {"val/loss": float(self.loss(logits, labels)), "val/error": float((logits.argmax(1) != labels).float().mean()), **own}
+        return self.course.evaluated(self._logits(self.data.validation_images))
 
     def _estimate_statistics(self) -> None:
         """Replaces every BatchNorm's running statistics by those of the first training images under the present weights."""
@@ -214,51 +155,41 @@ class _SoloTrial:
 
     def _logits(self, images: Tensor) -> Tensor:
         with self._autocast():
-            return torch.cat([self.model(part) for part in torch.split(images, EVALUATION_IMAGES)]).to(self.dtype)
+            return torch.cat([self.model(part) for part in torch.split(images, EVALUATION_IMAGES)]).to(self.course.dtype)
 
     @torch.no_grad()
     def _probe(self) -> dict[str, float]:
-        images, labels = self.data.validation_images, self.data.validation_labels
-        if not len(labels):
-            images, labels = self.data.train_images, self.data.train_labels
         self.model.eval()
-        found: dict[str, float] = {}
-        for name in self.trial.probes:
-            found |= {f"final/{name}/{key}": value for key, value in probe(name, self.model, images, labels).items()}
-        return found
+        return self.course.probed(self.model)
 
     def snapshot(self) -> Snapshot:
         """All state that the next epoch depends on."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.last_epoch,
+            "moments": moments_of(self.model, self.optimizer),
             "tracer": self.tracer.state_dict(),
-            "order": self.order.get_state(),
-            "augmentation": self.augmentation.get_state(),
             "dropout": self.dropout,
-            "first_loss": self.first_loss,
+            **self.course.state(),
         }
-        return Snapshot(self.trial.canonical(), self.step, self.epoch, state)
+        return Snapshot(self.trial.canonical(), self.course.step, self.course.epoch, state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on where a snapshot of the same trial stands."""
-        if snapshot.trial != self.trial.canonical():
-            raise ValueError(f"the snapshot belongs to another trial than {self.trial_id}")
+        self.course.restore(snapshot)
         state = snapshot.state
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.last_epoch = state["scheduler"]
+        restore_moments(self.model, self.optimizer, state["moments"], self.course.step)
+        restore_schedule(self.scheduler, self.course.step)
         self.tracer.load_state_dict(state["tracer"])
-        self.order.set_state(state["order"])
-        self.augmentation.set_state(state["augmentation"])
         self.dropout = state["dropout"]
-        self.first_loss = state["first_loss"]
-        self.step, self.epoch = snapshot.step, snapshot.epoch
 
 
-def _not_finite(value: float) -> Reason:
-    return "nan" if math.isnan(value) else "inf" if math.isinf(value) else ""
+def initial_model(trial: TrialSpec, course: Course, device: torch.device) -> nn.Module:
+    """A trial's network as its seed begins it."""
+    with torch.random.fork_rng(devices=_cuda(device)):
+        torch.manual_seed(sub_seed(trial.seed, "init"))
+        model = build_model(trial.model, course.data.shape, course.data.num_classes)
+    return model.to(device, course.dtype)
 
 
 def _cuda(device: torch.device) -> list[int]:
@@ -288,7 +219,8 @@ def _own_randomness(trial: _SoloTrial) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def on_one_thread() -> Iterator[None]:
+    """Holds torch to one thread meanwhile: another number of threads changes bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -218,7 +218,7 @@ def _options(optimizer: OptimizerSpec) -> dict[str, Any]:
 def _planned_groups(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec) -> list[dict[str, Any]]:
     """Groups for PlannedOptimizer; under a norm schedule every constrained weight has one of its own, with its norms."""
     parameters = dict(model.named_parameters())
-    norms = _recorded_norms(optimizer.constraint.trace, plan) if optimizer.constraint.name == "norm_schedule" else {}
+    norms = recorded_norms(optimizer.constraint.trace, plan) if optimizer.constraint.name == "norm_schedule" else {}
     groups: dict[str, dict[str, Any]] = {}
     for planned in plan:
         own = norms.get(planned.parameter.name, {}) if planned.constrained else {}
@@ -241,7 +241,7 @@ def _planned_groups(model: nn.Module, plan: Sequence[Planned], optimizer: Optimi
     return list(groups.values())
 
 
-def _recorded_norms(trace: str | None, plan: Sequence[Planned]) -> dict[str, dict[str, list[Any]]]:
+def recorded_norms(trace: str | None, plan: Sequence[Planned]) -> dict[str, dict[str, list[Any]]]:
     """Steps and norms of each constrained weight in another trial's trace, by the parameter's name.
 
     Source: Hoffer et al., Norm matters, section 3 (a schedule of norms in place of decay), arXiv:1803.01814.

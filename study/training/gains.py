@@ -17,13 +17,15 @@ DEAD = 1e-3
 def gain_samples(model: nn.Module, roles: Iterable[ParameterRole]) -> dict[str, GainSample]:
     """Name of every norm gain of a model to its sample."""
     parameters = dict(model.named_parameters())
-    return {role.name: _sample(role.place, whole(parameters[role.name])) for role in roles if role.role is Role.GAIN}
+    return {role.name: stacked_samples(role.place, whole(parameters[role.name]).unsqueeze(0))[0] for role in roles if role.role is Role.GAIN}
 
 
-def _sample(place: str, gain: Tensor) -> GainSample:
-    wide = gain.reshape(-1).double()
-    rms, distance, dead = torch.stack((wide.square().mean().sqrt(), (wide - 1).square().mean().sqrt(), (wide.abs() <= DEAD).sum())).tolist()
-    return GainSample(place, rms, distance, int(dead), wide.numel())
+@torch.no_grad()
+def stacked_samples(place: str, gains: Tensor) -> list[GainSample]:
+    """The sample of each of several trials' gains [trials, ...] of one norm."""
+    wide = gains.flatten(1).double()
+    numbers = torch.stack((wide.square().mean(1).sqrt(), (wide - 1).square().mean(1).sqrt(), (wide.abs() <= DEAD).sum(1)), dim=1).tolist()
+    return [GainSample(place, rms, distance, int(dead), wide.shape[1]) for rms, distance, dead in numbers]
 
 
 def by_place(samples: Iterable[GainSample]) -> dict[str, float]:

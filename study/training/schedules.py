@@ -114,6 +114,10 @@ class DecayScheduler(LambdaLR):
     def step(self, epoch: Any = None) -> None:
         """Moves lr and weight_decay on by one step."""
         super().step(epoch)
+        self.set_decay()
+
+    def set_decay(self) -> None:
+        """Gives every group the decay strength of the present step."""
         factor = decay_factor(self._schedule, self.last_epoch, self._total_steps)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = group["initial_weight_decay"] * factor
@@ -136,3 +140,12 @@ def build_scheduler(optimizer: Optimizer, schedule: "ScheduleSpec", total_steps:
     if schedule.decay.window == (0.0, 1.0) and schedule.decay.shape == "constant":
         return LambdaLR(optimizer, lambda step: lr_factor(schedule, step, total_steps))
     return DecayScheduler(optimizer, schedule, total_steps)
+
+
+def restore_schedule(scheduler: LambdaLR, steps: int) -> None:
+    """Puts a fresh scheduler, and its optimizer's groups, where they stand after so many steps."""
+    scheduler.last_epoch = steps
+    for group, peak, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = peak * factor(steps)
+    if isinstance(scheduler, DecayScheduler):
+        scheduler.set_decay()

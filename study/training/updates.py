@@ -87,7 +87,7 @@ def boxed(weight: Tensor, bound: float, strength: float) -> tuple[Tensor, Tensor
     return torch.where(outside, torch.sign(weight) * (bound + strength * (size - bound)), weight), outside
 
 
-def rotated(weight: Tensor, update: Tensor, angle: float, state: State, granularity: str) -> Tensor:
+def rotated(weight: Tensor, update: Tensor, angle: float | Tensor, state: State, granularity: str) -> Tensor:
     """The weight turned against an update by an RMS angle, at its initial norm.
 
     Source: Kosson et al., Rotational Equilibrium, algorithm of the rotational variants, arXiv:2305.17212.

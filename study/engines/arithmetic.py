@@ -1,0 +1,88 @@
+"""Arithmetic: one model's forward pass over many slots at once, each with parameters and images of its own.
+
+    converted   torch.fx reads the model; convolutions become grouped ones, matrix products batched ones, the rest goes through vmap
+    looped      the ordinary module, slot after slot, with each slot's rows as its parameters
+
+Rows are tensors [slots, batch, ...]. What any slot computes depends on its own row alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+
+Rows = Mapping[str, Tensor]
+
+
+class Mode(StrEnum):
+    """What a pass is for."""
+
+    TRAIN = "train"
+    ESTIMATE = "estimate"
+    """Evaluation, except that norms replace their running statistics by those of this batch."""
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a forward pass works on."""
+
+    values: Rows
+    """Parameters and buffers by name, [slots, *shape]; running statistics are written in place."""
+    mode: Mode
+    generators: Sequence[torch.Generator] = ()
+    """One for each slot: draws its dropout. Empty outside of training."""
+
+
+class Arithmetic(Protocol):
+    """A model over slots."""
+
+    name: str
+
+    def __call__(self, images: Tensor, run: Pass) -> Tensor:
+        """Images [slots, batch, ...] to logits [slots, batch, classes]."""
+
+
+class Looped:
+    """The ordinary module, slot after slot: the floor, and right for every model that keeps no state outside its buffers."""
+
+    name = "looped"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, images: Tensor, run: Pass) -> Tensor:
+        """One slot after the other."""
+        self._model.train(run.mode is Mode.TRAIN)
+        norms = [module for module in self._model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+        momenta = [norm.momentum for norm in norms]
+        if run.mode is Mode.ESTIMATE:
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0
+            for name, value in run.values.items():
+                if name.endswith("num_batches_tracked"):
+                    value.zero_()
+        try:
+            return torch.stack([self._one(slot, images[slot], run) for slot in range(len(images))])
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    def _one(self, slot: int, images: Tensor, run: Pass) -> Tensor:
+        own = {name: value[slot] for name, value in run.values.items()}
+        if not run.generators:
+            return functional_call(self._model, own, (images,))  # type: ignore[no-any-return]
+        # Dropout in somebody's module draws from torch's global generator: the slot's own takes its place meanwhile.
+        generator, before = run.generators[slot], torch.get_rng_state()
+        torch.set_rng_state(generator.get_state())
+        try:
+            return functional_call(self._model, own, (images,))  # type: ignore[no-any-return]
+        finally:
+            generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(before)

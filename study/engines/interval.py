@@ -1,0 +1,331 @@
+"""Interval: one epoch of the trials that hold the first rows of a bank.
+
+[images ─ forward ─ sum of losses ─ backward ─ update]* ─ statistics ─ evaluate ─ measure
+
+No value of one row enters another: losses are summed, never averaged over rows, and clipping, statistics and random numbers are a
+row's own.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from study.engines.arithmetic import Mode, Pass
+from study.engines.bank import FEWEST_ROWS, Bank, Member
+from study.engines.engine import Progress
+from study.engines.solo import STATISTICS_IMAGES
+from study.engines.updates import Decay, Moments, Vectors, beside, clipped, corrections, step
+from study.measurement import LayerSample, Reason
+from study.training.decay import Planned
+from study.training.effective_lr import effective_lr, rotation
+from study.training.equilibrium import follow, is_equilibrated, rotation_at_equilibrium, theory_of
+from study.training.gains import by_place, stacked_samples
+from study.training.roles import ParameterRole, Role
+from study.training.updates import norms, scheduled_norm
+from study.trial import OptimizerSpec
+
+EVALUATION_IMAGES = 256
+"""Images of each row that go through the model at once when it is evaluated."""
+
+
+class Interval:
+    """One epoch of the trials that hold the first rows."""
+
+    def __init__(self, bank: Bank, members: list[Member]) -> None:
+        self.bank, self.members = bank, members
+        self.rows = max(FEWEST_ROWS, len(members))
+        for row in range(len(members), self.rows):
+            bank.move(0, row)
+        # Rows beyond the trials' own only fill up: they repeat the first trial.
+        self.padded = [*members, *[members[0]] * (self.rows - len(members))]
+        self.courses = [member.course for member in self.padded]
+        self.weights = [tensor.detach().requires_grad_() for tensor in bank.trained.prefix(self.rows).values()]
+        self.values = {**dict(zip(bank.names, self.weights, strict=True)), **bank.fixed.prefix(self.rows)}
+        self.moments: Moments = {kind: list(stack.prefix(self.rows).values()) for kind, stack in bank.moments.items()}
+        self._hold()
+        self.dtype = self.weights[0].dtype
+        self.decays = self._decays()
+        self.seen: list[tuple[int, dict[int, Tensor], dict[int, Tensor]]] = []
+
+    def run(self) -> list[Progress]:
+        """Trains, evaluates and measures."""
+        start = time.perf_counter()
+        orders = [member.course.batches() for member in self.members]
+        orders += [orders[0]] * (self.rows - len(self.members))
+        numbers = self._train(orders)
+        self._count(len(orders[0]))
+        losses, errors = numbers.mean(1).tolist()
+        largest = self._largest()
+        reasons: list[Reason] = []
+        values: list[dict[str, float]] = []
+        for row, member in enumerate(self.members):
+            member.course.epoch += 1
+            values.append(member.course.trained(float(numbers[0, 0, row]), losses[row], errors[row]))
+            reasons.append(member.course.divergence(losses[row], largest[row]))
+        samples = self._samples()
+        if not all(reasons):
+            self._evaluate(values, reasons)
+        seconds = (time.perf_counter() - start) / len(self.members)
+        return [member.course.measured(values[row], samples[row], reasons[row], seconds) for row, member in enumerate(self.members)]
+
+    def _train(self, orders: list[Tensor]) -> Tensor:
+        """Losses and errors of every step and row: [2, steps, rows]."""
+        tables = self._tables(len(orders[0]))
+        rows = []
+        generators = [member.dropout for member in self.members]
+        generators += [torch.Generator(self.bank.device).manual_seed(0) for _ in range(self.rows - len(generators))]
+        for number in range(len(orders[0])):
+            images, labels = self._batch([order[number] for order in orders])
+            with self._autocast():
+                logits = self.bank.arithmetic(images, Pass(self.values, Mode.TRAIN, generators))
+                losses = self._losses(logits, labels)
+            gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True)
+            with torch.no_grad():
+                self._update(number, list(gradients), tables)
+                rows.append(torch.stack((losses.detach(), (logits.argmax(-1) != labels).to(self.dtype).mean(1))))
+        return torch.stack(rows, dim=1)
+
+    def _update(self, number: int, gradients: list[Tensor | None], tables: Mapping[str, Tensor]) -> None:
+        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        vectors = Vectors({name: table[number] for name, table in tables.items()})
+        weights, slopes = [self.weights[index].detach() for index in used], [gradient for gradient in gradients if gradient is not None]
+        if "clip" in vectors:
+            slopes = clipped(slopes, vectors["clip"])
+        place = {index: position for position, index in enumerate(used)}
+        watched = self._watched(number)
+        moments = {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()}
+        decays = {place[index]: decay for index, decay in self.decays.items() if index in place}
+        how = self.bank.how
+        seen = step(how, weights, slopes, moments, decays, vectors, [place[index] for index in watched if index in place])
+        if watched:
+            found = {used[position]: dots for position, dots in seen.items()}
+            self.seen.append((number, found, self._inverse_roots(found, vectors)))
+
+    def _hold(self) -> None:
+        """What the constraint reads of each weight that it holds, beside the rule's moments."""
+        bank, count = self.bank, len(self.weights)
+        if bank.squares:
+            empty = [torch.empty(0)] * count
+            self.moments["square"], self.moments["initial_norm"] = list(empty), list(empty)
+            initial = list(bank.initial.prefix(self.rows).values())
+            for index, square in bank.squares.items():
+                self.moments["square"][index] = square[: self.rows]
+                self.moments["initial_norm"][index] = torch.func.vmap(lambda one: norms(one, bank.constraint["granularity"]))(initial[index])
+
+    def _decays(self) -> dict[int, Decay]:
+        """What decay does to each parameter that any row decays."""
+        plans = [{planned.parameter.name: planned for planned in member.plan} for member in self.padded]
+        initial = self.bank.initial.prefix(self.rows)
+        found = {}
+        for index, name in enumerate(self.bank.names):
+            planned = [plan[name] for plan in plans]
+            turns = planned[0].constrained and self.bank.constraint["name"] == "rotational"
+            rates = [0.0 if turns else one.rate for one in planned]
+            if any(rates):
+                weight = self.weights[index]
+                found[index] = Decay(beside(self._vector(rates), weight), self._anchor(planned, weight, initial[name]))
+        return found
+
+    def _anchor(self, planned: list[Planned], weight: Tensor, initial: Tensor) -> Tensor | None:
+        if not any(one.anchor for one in planned):
+            return None
+        numbers = beside(self._vector([0.0 if one.anchor == "init" else float(one.anchor) for one in planned]), weight)
+        if not any(one.anchor == "init" for one in planned):
+            return numbers
+        return numbers + initial * beside(self._vector([float(one.anchor == "init") for one in planned]), weight)
+
+    def _tables(self, steps: int) -> dict[str, Tensor]:
+        """What each step of each row depends on, by name: [steps, rows]."""
+        optimizers = [course.trial.optimizer for course in self.courses]
+        scheduled = [[course.scheduled(course.step + number) for course in self.courses] for number in range(steps)]
+        tables = {"lr": [[lr for lr, _ in row] for row in scheduled]}
+        factors = [[factor for _, factor in row] for row in scheduled]
+        if any(factor != 1.0 for row in factors for factor in row):
+            tables["factor"] = factors
+        for name in ("momentum",) if self.bank.how.rule == "sgd" else ("beta1", "beta2", "eps"):
+            tables[name] = [[float(getattr(optimizer, name)) for optimizer in optimizers]] * steps
+        if self.bank.how.rule != "sgd":
+            tables |= {f"1 - {name}": [[1 - value for value in row] for row in tables[name]] for name in ("beta1", "beta2")}
+        ages = [[course.step + number + 1 for course in self.courses] for number in range(steps)]
+        if self.bank.how.rule in ("adam", "adamw"):
+            for index, name in ((1, "beta1"), (2, "beta2")):
+                tables[f"correction{index}"] = [corrections(tables[name][0], row) for row in ages]
+        if any(optimizer.clip is not None for optimizer in optimizers):
+            tables["clip"] = [[float("inf") if optimizer.clip is None else optimizer.clip for optimizer in optimizers]] * steps
+        tables |= self._tables_of_constraint(optimizers, scheduled, ages)
+        return {name: torch.tensor(table, dtype=self.dtype, device=self.bank.device) for name, table in tables.items()}
+
+    def _tables_of_constraint(
+        self, optimizers: list[OptimizerSpec], scheduled: list[list[tuple[float, float]]], ages: list[list[int]]
+    ) -> dict[str, list[list[float]]]:
+        tables: dict[str, list[list[float]]] = {"step": [[float(age) for age in row] for row in ages]} if self.bank.held else {}
+        match self.bank.constraint["name"]:
+            case "rotational":
+                tables["angle"] = [
+                    [_angle(optimizer, lr, factor) for optimizer, (lr, factor) in zip(optimizers, row, strict=True)] for row in scheduled
+                ]
+            case "volumization":
+                for index in self.bank.held:
+                    initial = list(self.bank.initial.prefix(self.rows).values())[index]
+                    bounds = (self.bank.constraint["bound"] * initial.abs().flatten(1).amax(1)).tolist()
+                    tables[f"bound {index}"] = [bounds] * len(ages)
+            case "norm_schedule":
+                for index in self.bank.held:
+                    recorded = [member.norms[index] for member in self.padded]
+                    tables[f"norm {index}"] = [
+                        [scheduled_norm(age + 1, own["norm_steps"], own["norm_values"]) for age, own in zip(row, recorded, strict=True)]
+                        for row in ages
+                    ]
+        return tables
+
+    def _vector(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=self.dtype, device=self.bank.device)
+
+    def _batch(self, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images [rows, batch, ...] and labels [rows, batch] of one step."""
+        first = self.courses[0].data
+        if all(course.data is first and course.trial.data.augment == "none" for course in self.courses):
+            chosen = torch.stack(indices)
+            return first.train_images[chosen], first.train_labels[chosen]
+        own = [course.batch(chosen) for course, chosen in zip(self.courses[: len(self.members)], indices, strict=False)]
+        own += [own[0]] * (self.rows - len(own))
+        images, labels = zip(*own, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Every row's own loss: [rows]."""
+        if self.courses[0].trial.loss == "cross_entropy":
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+        return torch.stack([course.loss(own, given) for course, own, given in zip(self.courses, logits, labels, strict=True)])
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.bank.device.type, torch.bfloat16) if self.bank.precision == "bf16" else nullcontext()
+
+    def _watched(self, number: int) -> list[int]:
+        """The weights to be traced at a step of this epoch: all or none."""
+        if not any((member.course.step + number + 1) % member.course.trial.trace.every == 0 for member in self.members):
+            return []
+        return [self.bank.index[role.name] for role in self.bank.order if role.role is Role.WEIGHT]
+
+    def _inverse_roots(self, watched: Iterable[int], vectors: Vectors) -> dict[int, Tensor]:
+        """The mean over coordinates of 1 / (sqrt(v) + eps), v bias-corrected: [rows], for rules that have it."""
+        if "correction2" not in vectors:
+            return {}
+        found = {}
+        for index in watched:
+            second = self.moments["v"][index].flatten(1).double() / vectors["correction2"][:, None]
+            found[index] = (1 / (second.sqrt() + vectors["eps"][:, None])).mean(1)
+        return found
+
+    def _count(self, steps: int) -> None:
+        """Counts the epoch's steps, and follows lr x decay of every group through them."""
+        self.began = [member.course.step for member in self.members]
+        self.since: list[list[dict[str, int]]] = []
+        for member in self.members:
+            rates = {planned.group: planned.rate for planned in member.plan}
+            trail = []
+            for _ in range(steps):
+                lr, factor = member.course.scheduled(member.course.step)
+                member.course.step += 1
+                for group, rate in rates.items():
+                    member.products[group] = follow(lr * rate * factor, member.products.get(group, (float("nan"), 0)), member.course.step)
+                trail.append({group: since for group, (_, since) in member.products.items()})
+            self.since.append(trail)
+
+    def _samples(self) -> list[list[LayerSample]]:
+        """The layers' samples of every trial."""
+        found: list[list[LayerSample]] = [[] for _ in self.members]
+        roles = {self.bank.index[role.name]: role for role in self.bank.order}
+        for number, dots, inverse in self.seen:
+            numbers, means = {index: table.tolist() for index, table in dots.items()}, {index: table.tolist() for index, table in inverse.items()}
+            for row, member in enumerate(self.members):
+                if (self.began[row] + number + 1) % member.course.trial.trace.every == 0:
+                    found[row] += [
+                        self._sample(row, number, roles[index], own[row], means[index][row] if means else None) for index, own in numbers.items()
+                    ]
+        return found
+
+    def _sample(self, row: int, number: int, role: ParameterRole, dots: list[float], inverse: float | None) -> LayerSample:
+        member = self.members[row]
+        planned = next(planned for planned in member.plan if planned.parameter.name == role.name)
+        lr, factor = member.course.scheduled(self.began[row] + number)
+        group = _described(member.course.trial.optimizer, lr, planned.rate * factor)
+        theory, age = theory_of(group), self.began[row] + number + 1
+        norm2, along, moved2, gradient2 = dots
+        return LayerSample(
+            step=age,
+            layer=role.layer,
+            role=str(role.role),
+            place=role.place,
+            scale_invariant=role.scale_invariant,
+            equilibrated=is_equilibrated(theory, age - self.since[row][number][planned.group]),
+            lr=lr,
+            weight_decay=planned.rate * factor,
+            weight_norm=norm2**0.5,
+            grad_norm=gradient2**0.5,
+            effective_lr=effective_lr(lr, norm2, theory),
+            rotation=rotation(norm2, along, moved2),
+            rotation_expected=theory.rotation_expected if role.scale_invariant else None,
+            source="update",
+            relaxation_time=1 / theory.rate if theory.rate else None,
+            coordinate_rate=None if inverse is None else lr * inverse,
+        )
+
+    @torch.no_grad()
+    def _largest(self) -> list[float]:
+        """The largest size of any parameter of each row; NaN where one is NaN."""
+        return torch.stack([weight.detach().flatten(1).abs().amax(1) for weight in self.weights]).amax(0).tolist()
+
+    @torch.no_grad()
+    def _evaluate(self, values: list[dict[str, float]], reasons: list[Reason]) -> None:
+        """Adds to each trial's values what it measures between epochs, except where it diverged."""
+        if self.bank.estimates:
+            self._run(Mode.ESTIMATE, torch.stack([course.data.train_images[:STATISTICS_IMAGES] for course in self.courses]))
+        count = len(self.courses[0].data.validation_labels)
+        logits = self._logits(count) if count else None
+        gains = self._gains()
+        for row, member in enumerate(self.members):
+            if reasons[row]:
+                continue
+            values[row] |= (member.course.evaluated(logits[row]) if logits is not None else {}) | gains[row]
+            if member.course.is_last and member.course.trial.probes:
+                self.bank.shell.load_state_dict(self.bank.state(row))
+                values[row] |= member.course.probed(self.bank.shell.eval())
+
+    def _run(self, mode: Mode, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.bank.arithmetic(images, Pass(self.values, mode))
+
+    def _logits(self, count: int) -> Tensor:
+        parts = []
+        for start in range(0, count, EVALUATION_IMAGES):
+            images = torch.stack([course.data.validation_images[start : start + EVALUATION_IMAGES] for course in self.courses])
+            parts.append(self._run(Mode.EVALUATE, images))
+        return torch.cat(parts, dim=1).to(self.dtype)
+
+    def _gains(self) -> list[dict[str, float]]:
+        """The metrics of the gains of each trial."""
+        stacked = [stacked_samples(role.place, self.values[role.name]) for role in self.bank.roles if role.role is Role.GAIN]
+        return [by_place([samples[row] for samples in stacked]) for row in range(len(self.members))]
+
+
+def _described(optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, Any]:
+    """A param group as theory wants it described."""
+    return {
+        "rule": optimizer.rule,
+        "form": optimizer.form,
+        "lr": lr,
+        "weight_decay": decay,
+        "momentum": optimizer.momentum,
+        "nesterov": optimizer.nesterov,
+        "betas": (optimizer.beta1, optimizer.beta2),
+    }
+
+
+def _angle(optimizer: OptimizerSpec, lr: float, factor: float) -> float:
+    return rotation_at_equilibrium(_described(optimizer, lr, optimizer.weight_decay * factor)) or 0.0
