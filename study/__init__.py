@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from study import errors
     from study.results.best import BestConfig
     from study.spec import StudySpec, load_spec
+    from study.traces import TraceFile
     from study.training.decay import build_optimizer, param_groups
     from study.training.effective_lr import EffectiveLR
     from study.training.invariance import check_scale_invariance
@@ -31,6 +32,7 @@ __all__ = [
     "EffectiveLR",
     "StudyResult",
     "StudySpec",
+    "TraceFile",
     "TrialSpec",
     "build_optimizer",
     "build_scheduler",
@@ -48,6 +50,7 @@ _HOME = {
     "EffectiveLR": ("study.training.effective_lr", "torch"),
     "StudyResult": ("study.tuning.driver", "service"),
     "StudySpec": ("study.spec", ""),
+    "TraceFile": ("study.traces", "service"),
     "TrialSpec": ("study.trial", ""),
     "build_optimizer": ("study.training.decay", "torch"),
     "build_scheduler": ("study.training.schedules", "torch"),

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "optuna", "mlflow", "pandas", "pydantic")
 PROMISED = {
     "EffectiveLR",
+    "TraceFile",
     "build_optimizer",
     "build_scheduler",
     "check_scale_invariance",
@@ -78,6 +79,7 @@ def test_model_functions_load_torch_and_nothing_of_the_service() -> None:
         ("study.run", "ray", "study.run needs the [service] extra: pip install 'effective-lr-study[service]'"),
         ("study.run", "optuna", "study.run needs the [service] extra"),
         ("study.StudyResult", "mlflow", "study.StudyResult needs the [service] extra"),
+        ("study.TraceFile", "mlflow", "study.TraceFile needs the [service] extra"),
         ("study.gain_places", "torch", "study.gain_places needs the [torch] extra: pip install 'effective-lr-study[torch]'"),
         ("study.load_best('0' * 32)", "mlflow", "study.load_best of a run needs the [service] extra"),
     ],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from study.document import read_document
 from study.errors import NotFound
 from study.measurement import Outcome, TrialRecord
+from study.traces import read_trace
 from study.tracking.delivery import SPEC, TRACE
 from study.tracking.names import PLANNED, masked, trial_of
 from study.tracking.store import Run, Store, connect
@@ -99,11 +100,9 @@ def trace_of_run(run_id: str, tracking_uri: str) -> "pd.DataFrame":
         NotFound: if there is no such run, or it has no trace yet.
         TrackingUnavailable: if the store does not answer.
     """
-    import pandas as pd
-
     store = connect(tracking_uri)
     with TemporaryDirectory() as folder:
-        return pd.read_parquet(store.download(store.run(run_id).run_id, TRACE, Path(folder)))
+        return read_trace(store.download(store.run(run_id).run_id, TRACE, Path(folder)))
 
 
 def _record(store: Store, run: Run) -> TrialRecord:

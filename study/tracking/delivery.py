@@ -4,21 +4,20 @@
     measure ──> metrics, in batches
     end ──────> artifacts, final values, tags ──> read back and compared ──> closed
 
-Delivering the same events again changes nothing: times are the events' own, and MLflow drops a point that it has.
+Delivering the same events again changes nothing: times are the events' own, and MLflow drops a point that it has. At a trial's end
+its measurements are read from the ledger one by one, as often as need be: a long trial takes no more memory than a short one.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from study.document import to_yaml
-from study.measurement import Ending, LayerSample, Outcome
+from study.measurement import Ending, LayerSample, Measurement, Outcome
 from study.spec import ObjectiveSpec
+from study.traces import write_trace
 from study.tracking.names import ENDING_TAGS, STATUS, StudyIdentity, ending_tags, metric_name, params_of, trial_tags
 from study.tracking.outbox import Entry, Event, Outbox
 from study.tracking.store import Refused, Store
-from study.tracking.summaries import Point, all_layers_count, latest, points, summary
+from study.tracking.summaries import Point, overview, points, summary
 from study.trial import TrialSpec
 
 TRACE = "trace.parquet"
@@ -56,20 +55,21 @@ class Delivery:
             run_id = self.store.create(self.experiment, entry.trial_id, events[0].time, trial_tags(self.identity, entry, self.parent))
         if run_id != entry.run_id:
             self.outbox.remember_run(entry.trial_id, run_id)
+        trial = TrialSpec.model_validate(entry.trial)
         waiting: list[Stamped] = []
         for event in events:
             if event.measurement is not None:
-                waiting += [(point, event.time) for point in points(event.measurement)]
+                waiting += _stamped(event.measurement, event.time, trial)
                 continue
             self.store.log(run_id, waiting)
             waiting = []
             if event.ending is not None:
-                self._end(run_id, event, event.ending)
+                self._end(run_id, trial, event, event.ending)
             else:
                 if not fresh:
                     self.store.reopen(self.store.run(run_id), forget=ENDING_TAGS)
                 fresh = False
-                self.store.log(run_id, params=params_of(TrialSpec.model_validate(entry.trial).model_dump(mode="json")))
+                self.store.log(run_id, params=params_of(trial.model_dump(mode="json")))
         self.store.log(run_id, waiting)
 
     def settle(self) -> None:
@@ -93,47 +93,45 @@ class Delivery:
         runs = self.store.runs([self.experiment], {"study.id": self.identity.study_id, "study.trial_id": entry.trial_id})
         return runs[0].run_id if runs else ""
 
-    def _end(self, run_id: str, event: Event, ending: Ending) -> None:
+    def _past(self, end: Event) -> Iterator[Measurement]:
+        """What a trial measured before this end of it, oldest first."""
+        return (measurement for measurement, _ in self.outbox.measured(end.trial_id, before=end.number))
+
+    def _end(self, run_id: str, trial: TrialSpec, event: Event, ending: Ending) -> None:
         (entry,) = self.outbox.entries(event.trial_id)
-        past = [
-            (before.measurement, before.time) for before in self.outbox.events(event.trial_id) if before.measurement and before.number < event.number
-        ]
-        measurements = [measurement for measurement, _ in past]
-        samples = [sample for measurement in measurements for sample in measurement.samples]
-        series = [(point, time) for measurement, time in past for point in points(measurement)]
-        finals = {} if ending.outcome is Outcome.INTERRUPTED else summary(measurements, self.objective)
-        closing = [(Point(name, measurements[-1].step, value), event.time) for name, value in finals.items()]
-        self._upload(run_id, entry, ending, samples)
-        traced = {"study.traced": "all"} if all_layers_count(samples) else {}
-        self.store.log(run_id, closing, tags=ending_tags(ending, entry.value, measurements) | traced)
-        self._verify(run_id, [*series, *closing])
+        seen = overview(self._past(event), trial.schedule.epochs)
+        finals = {} if ending.outcome is Outcome.INTERRUPTED else summary(seen, self._past(event), self.objective)
+        closing = [(Point(name, seen.whole.step, value), event.time) for name, value in finals.items()]
+        samples = (sample for measurement in self._past(event) for sample in measurement.samples)
+        self._upload(run_id, entry.trial_id, trial, ending, samples)
+        traced = {"study.traced": "all"} if seen.all_layers else {}
+        self.store.log(run_id, closing, tags=ending_tags(ending, entry.value, [seen.whole]) | traced)
+        lengths = {name: series.points for name, series in seen.series.items()} | dict.fromkeys(finals, 1)
+        if not self._holds(run_id, lengths):
+            self._send_again(run_id, trial, event, closing)
+            if not self._holds(run_id, lengths):
+                raise Refused(f"the MLflow run {run_id} does not hold what it was sent", remedy="compare it with its trace.parquet")
         self.store.end(run_id, STATUS[ending.outcome], event.time)
-        held = latest((point for point, _ in series), finals)
-        self.outbox.remember_metrics(entry.trial_id, {metric_name(name): value for name, value in held.items()})
+        self.outbox.remember_metrics(entry.trial_id, {metric_name(name): value for name, value in (seen.latest() | finals).items()})
 
-    def _verify(self, run_id: str, sent: Sequence[Stamped]) -> None:
-        """Reads a run back; what is missing is sent once more."""
-        if self._holds(run_id, sent):
-            return
-        self.store.log(run_id, sent)
-        if not self._holds(run_id, sent):
-            raise Refused(f"the MLflow run {run_id} does not hold what it was sent", remedy="compare it with its trace.parquet")
-
-    def _holds(self, run_id: str, sent: Sequence[Stamped]) -> bool:
+    def _holds(self, run_id: str, lengths: Mapping[str, int]) -> bool:
         """Whether a run has every metric that was sent, and the longest series all of its points."""
-        steps: dict[str, set[int]] = {}
-        for point, _ in sent:
-            steps.setdefault(metric_name(point.name), set()).add(point.step)
-        if not steps:
+        if not lengths:
             return True
-        longest = max(steps, key=lambda name: len(steps[name]))
-        return steps.keys() <= self.store.run(run_id).metrics.keys() and self.store.length(run_id, longest) == len(steps[longest])
+        longest = max(lengths, key=lambda name: lengths[name])
+        names = {metric_name(name) for name in lengths}
+        return names <= self.store.run(run_id).metrics.keys() and self.store.length(run_id, longest) >= lengths[longest]
 
-    def _upload(self, run_id: str, entry: Entry, ending: Ending, samples: Sequence[LayerSample]) -> None:
-        folder = self.outbox.folder / "trials" / entry.trial_id
+    def _send_again(self, run_id: str, trial: TrialSpec, end: Event, closing: Sequence[Stamped]) -> None:
+        for measurement, time in self.outbox.measured(end.trial_id, before=end.number):
+            self.store.log(run_id, _stamped(measurement, time, trial))
+        self.store.log(run_id, closing)
+
+    def _upload(self, run_id: str, trial_id: str, trial: TrialSpec, ending: Ending, samples: Iterable[LayerSample]) -> None:
+        folder = self.outbox.folder / "trials" / trial_id
         extra = folder / "artifacts"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SPEC).write_text(to_yaml(TrialSpec.model_validate(entry.trial).canonical()), "utf-8")
+        (folder / SPEC).write_text(to_yaml(trial.canonical()), "utf-8")
         write_trace(folder / TRACE, samples)
         if ending.error and not (extra / "traceback.txt").exists():
             extra.mkdir(exist_ok=True)
@@ -145,13 +143,6 @@ class Delivery:
             self.store.upload(run_id, file, "" if inside == "." else inside)
 
 
-def write_trace(path: Path, samples: Sequence[LayerSample]) -> None:
-    """Writes samples as a Parquet table, one row per layer and sampled step; numbers that are not finite are null."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    types: dict[Any, Any] = {int: pa.int64(), str: pa.string(), bool: pa.bool_(), float: pa.float64(), float | None: pa.float64()}
-    arrays = {column.name: pa.array([getattr(sample, column.name) for sample in samples], types[column.type]) for column in fields(LayerSample)}
-    finite = {name: pc.if_else(pc.is_finite(array), array, None) if array.type == pa.float64() else array for name, array in arrays.items()}
-    pq.write_table(pa.table(finite), path)
+def _stamped(measurement: Measurement, time: int, trial: TrialSpec) -> list[Stamped]:
+    """The points that MLflow gets of a measurement."""
+    return [(point, time) for point in points(measurement, trial.schedule.epochs)]

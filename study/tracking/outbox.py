@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -32,6 +32,9 @@ FILE = "outbox.sqlite"
 
 PATIENCE = 30.0
 """Seconds that a call waits while another process writes."""
+
+MOST_TEXT = 4_000_000
+"""Characters of samples that are delivered at once, about; a single measurement may have more."""
 
 RUNNING = "running"
 """The state of a trial without an outcome; a crash leaves it so."""
@@ -200,15 +203,35 @@ class Outbox:
         rows = self._db.execute("SELECT step, epoch, body, seconds FROM events WHERE trial_id = ? AND kind = 'measure' ORDER BY step", (trial_id,))
         return [Measurement(step, epoch, json.loads(body), (), seconds) for step, epoch, body, seconds in rows]
 
-    def events(self, trial_id: str) -> list[Event]:
-        """All that happened to a trial, delivered or not."""
-        return [_event(row) for row in self._db.execute(f"SELECT {_EVENT} FROM events WHERE trial_id = ? ORDER BY number", (trial_id,))]
+    def measured(self, trial_id: str, before: int) -> Iterator[tuple[Measurement, int]]:
+        """What a trial measured before the event *before*, in the order of steps, each with its time in ms; one at a time is in memory.
+
+        Between two of them the ledger is not held open, so that whoever reads may take long and may write.
+        """
+        query = (
+            f"SELECT {_EVENT} FROM events WHERE trial_id = ? AND kind = 'measure' AND step > ? AND number < ? ORDER BY step LIMIT 1"  # by its index
+        )
+        step = -1
+        while (row := self._db.execute(query, (trial_id, step, before)).fetchone()) is not None:
+            step = row["step"]
+            yield _measurement(row), row["time"]
 
     def pending(self, limit: int = 256, without: Collection[str] = ()) -> list[Event]:
-        """The oldest events that MLflow has not heard of, in order, at most *limit*; those of the trials *without* are left out."""
+        """The oldest events that MLflow has not heard of, in order, at most *limit*; those of the trials *without* are left out.
+
+        They end with the one whose samples make MOST_TEXT full.
+        """
         left_out = ", ".join("?" * len(without))
         query = f"SELECT {_EVENT} FROM events WHERE delivered = 0 AND trial_id NOT IN ({left_out}) ORDER BY number LIMIT ?"
-        return [_event(row) for row in self._db.execute(query, (*without, limit))]
+        found: list[Event] = []
+        size = 0
+        with closing(self._db.execute(query, (*without, limit))) as rows:
+            for row in rows:
+                found.append(_event(row))
+                size += len(row["samples"])
+                if size >= MOST_TEXT:
+                    break
+        return found
 
     def mark_delivered(self, events: Sequence[Event]) -> None:
         """MLflow holds these events; they are no longer pending."""
@@ -295,15 +318,20 @@ def _write(db: sqlite3.Connection, trial_id: str, kind: str, body: str = "", ear
 
 
 def _event(row: sqlite3.Row) -> Event:
-    number, trial_id, kind, written, step, epoch, seconds, body, samples = row
+    number, trial_id, kind, written = row["number"], row["trial_id"], row["kind"], row["time"]
     match kind:
         case "measure":
-            layers = tuple(LayerSample(*sample) for sample in json.loads(samples))
-            return Event(number, trial_id, kind, written, measurement=Measurement(step, epoch, json.loads(body), layers, seconds))
+            return Event(number, trial_id, kind, written, measurement=_measurement(row))
         case "end":
-            outcome, reason, error = json.loads(body)
+            outcome, reason, error = json.loads(row["body"])
             return Event(number, trial_id, kind, written, ending=Ending(Outcome(outcome), reason, error))
     return Event(number, trial_id, kind, written)
+
+
+def _measurement(row: sqlite3.Row) -> Measurement:
+    # By position: fields that LayerSample got since a ledger was written are last, and take their defaults.
+    layers = tuple(LayerSample(*sample) for sample in json.loads(row["samples"]))
+    return Measurement(row["step"], row["epoch"], json.loads(row["body"]), layers, row["seconds"])
 
 
 def _entry(row: sqlite3.Row) -> Entry:

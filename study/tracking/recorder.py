@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from study.errors import TrackingUnavailable
+from study.errors import NotFound, TrackingUnavailable
 from study.measurement import finite
 from study.spec import StudySpec
 from study.tracking.delivery import Delivery
@@ -119,6 +119,19 @@ class Recorder:
         for file in artifacts:
             _patiently(partial(self._store.upload, self.parent, file))
         _patiently(partial(self._store.end, self.parent, STUDY_STATUS[state], _now()))
+
+    def attach(self, trial_id: str, file: Path) -> None:
+        """Adds a file to the artifacts of a trial's run, in place of one of the same name.
+
+        Raises:
+            NotFound: if the trial has no run.
+            TrackingUnavailable: if the store does not answer for a minute.
+        """
+        assert self._store is not None, "open() comes first"
+        run_id = self.run_id(trial_id)
+        if run_id is None:
+            raise NotFound(f"the trial has no run in MLflow (got {trial_id!r})", remedy="attach files once it is delivered")
+        _patiently(partial(self._store.upload, run_id, file))
 
     def run_id(self, trial_id: str) -> str | None:
         """The MLflow run of a trial; None until there is one."""

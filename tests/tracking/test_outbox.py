@@ -1,5 +1,6 @@
 """Facts about the ledger of a study."""
 
+import json
 import math
 import pickle
 import signal
@@ -7,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from study.errors import HomeError
-from study.measurement import Ending, Measurement, Outcome
+from study.measurement import Ending, LayerSample, Measurement, Outcome, finite
 from study.tracking.outbox import FILE, Outbox
 from tests.tracking.scenes import layer, measurement
 
@@ -50,7 +52,7 @@ def test_repeating_every_call_changes_nothing(outbox: Outbox) -> None:
     for _ in range(2):
         outbox.end("a", COMPLETED, 0.25)
         started(outbox, "a")
-    assert [event.kind for event in outbox.events("a")] == ["start", "measure", "measure", "end"]
+    assert [event.kind for event in outbox.pending()] == ["start", "measure", "measure", "end"]
     assert [record.outcome for record in outbox.records()] == [Outcome.COMPLETED]
 
 
@@ -68,7 +70,7 @@ def test_an_interrupted_trial_that_starts_again_is_running_again(outbox: Outbox)
     assert outbox.records() == []
     assert outbox.orphans() == ["a"]
     outbox.measure("a", measurement(2))
-    assert [event.kind for event in outbox.events("a")] == ["start", "measure", "end", "start", "measure"]
+    assert [event.kind for event in outbox.pending()] == ["start", "measure", "end", "start", "measure"]
 
 
 def test_what_is_measured_after_the_end_is_ignored(outbox: Outbox) -> None:
@@ -108,7 +110,54 @@ def test_events_hold_what_was_measured_to_the_last_bit(outbox: Outbox) -> None:
     value = 0.1 + 0.2
     samples = (layer(10, "conv", rotation=math.pi / 7), layer(10, "fc", effective_lr=None))
     started(outbox, "a").measure("a", Measurement(10, 1, {"val/error": value}, samples, 0.25))
-    assert outbox.events("a")[1].measurement == Measurement(10, 1, {"val/error": value}, samples, 0.25)
+    assert outbox.pending()[1].measurement == Measurement(10, 1, {"val/error": value}, samples, 0.25)
+
+
+def test_samples_of_an_older_ledger_which_lack_the_newest_columns_are_read(outbox: Outbox) -> None:
+    sample = layer(10, "conv", source="update")
+    started(outbox, "a").measure("a", Measurement(10, 1, {}, (sample,)))
+    old = json.dumps([[getattr(sample, name) for name in LayerSample.__slots__[:14]]])
+    assert old.endswith('"update"]]')
+    outbox._db.execute("UPDATE events SET samples = ? WHERE kind = 'measure'", (old,))
+    assert [past.samples for past, _ in outbox.measured("a", before=99)] == [(sample,)]
+
+
+def test_what_was_measured_before_an_event_is_read_in_the_order_of_steps_while_others_write(outbox: Outbox) -> None:
+    started(outbox, "a", "b").measure("a", measurement(2))
+    for trial_id in ("b", "a"):
+        outbox.measure(trial_id, measurement(1))
+    first, *_, last = outbox.pending()
+    outbox.measure("a", measurement(3))
+    seen = outbox.measured("a", before=last.number + 1)
+    past, written = next(seen)
+    assert (past, first.time <= written) == (measurement_read(1), True)
+    Outbox(outbox.folder).measure("b", measurement(4))
+    outbox.end("a", COMPLETED, None)
+    assert [past for past, _ in seen] == [measurement_read(2)]
+    assert list(outbox.measured("a", before=first.number)) == []
+
+
+def measurement_read(epoch: int) -> Measurement:
+    """A measurement as the ledger gives it back: what is not finite is gone."""
+    one = measurement(epoch)
+    return replace(one, values=finite(one.values))
+
+
+def test_what_is_pending_ends_where_its_samples_become_many_and_is_never_empty(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    started(outbox, "a", "b")
+    for epoch in range(1, 7):
+        outbox.measure("a", measurement(epoch))
+    text = len(outbox._db.execute("SELECT samples FROM events WHERE step = 20").fetchone()[0])
+    monkeypatch.setattr("study.tracking.outbox.MOST_TEXT", int(2.5 * text))
+    numbers = []
+    while events := outbox.pending():
+        numbers.append([event.number for event in events])
+        outbox.mark_delivered(events)
+    assert numbers == [[1, 2, 3, 4, 5], [6, 7, 8]]
+    outbox.measure("a", measurement(7))
+    outbox.measure("a", measurement(8))
+    monkeypatch.setattr("study.tracking.outbox.MOST_TEXT", 1)
+    assert len(outbox.pending()) == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
