@@ -1,22 +1,16 @@
 """The command line: every command reads a spec or a study, asks one function of this package, and prints its answer.
 
 study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
-study plan SPEC ─> decay audit       study status, best, export NAME ─> what was found
+study plan SPEC ─> decay audit       study status, best, export NAME, trace TRIAL ─> what was found
 
 answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
 exit codes: 0 fine, 1 no usable result, 2 wrong input, 130 interrupted
 """
 
 import json
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import traceback
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
@@ -30,13 +24,14 @@ try:
 except ModuleNotFoundError:
     sys.exit("study: the command line is not installed; pip install 'effective-lr-study[service]'")
 
-from study import display, errors
+from study import errors, views
+from study.display import Watcher
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.results.best import BestConfig, document
 from study.results.export import WITH_A_MODEL, Target, export
+from study.results.layers import trace_document
 from study.space import arm_label
 from study.spec import PRODUCT, StudySpec, load_spec
-from study.tracking.names import masked
 from study.tuning.status import status as status_of
 
 app = typer.Typer(
@@ -50,8 +45,8 @@ app = typer.Typer(
 WrongUsage: Any = typer.BadParameter.__mro__[2]
 """What typer raises for a command line that it cannot read; it has no public name of its own."""
 
-READY_WITHIN = 120.0
-"""Seconds that the MLflow server may take to start."""
+PICTURES = (".svg", ".png")
+"""Kinds of pictures that `--plot` writes."""
 
 SpecFile: TypeAlias = Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML or JSON file.", show_default=False)]
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="NAME", help="A study in the home.", show_default=False)]
@@ -143,7 +138,7 @@ def validate(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False)
         "sampler": search.sampler,
         "epochs": None if "schedule.epochs" in spec.space else spec.trial.schedule.epochs,
     }
-    _answer(as_json, summary, "ok", display.summary_line(summary))
+    _answer(as_json, summary, "ok", views.summary_line(summary))
 
 
 @app.command()
@@ -155,16 +150,16 @@ def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", as_
         from study.tuning.preflight import audit
 
         audited = audit(spec, None if libraries == ["all"] else libraries).document()
-    _answer(as_json, audited, display.plan_view(audited, spec.trial.optimizer))
+    _answer(as_json, audited, views.plan_view(audited, spec.trial.optimizer))
 
 
 @app.command()
 def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
     spec = load_spec(spec_file, overrides or ())
-    out = display.console(stderr=as_json)
-    out.print(display.engine_line(spec), soft_wrap=True)
-    watcher = display.Watcher(out, live=not as_json)
+    out = views.console(stderr=as_json)
+    out.print(views.engine_line(spec), soft_wrap=True)
+    watcher = Watcher(out, live=not as_json)
     with _prints_on_stderr(as_json):
         from study.tuning import driver
 
@@ -173,11 +168,11 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     found = status_of(folder)
     if not watcher.watched:
         out.print("this study had already finished: nothing was run")
-    out.print(display.arms_table(found))
+    out.print(views.arms_table(found))
     if result.best is None:
-        raise errors.NoResult(display.why_nothing(found), where=spec.name, remedy=display.what_then(found, folder))
+        raise errors.NoResult(views.why_nothing(found), where=spec.name, remedy=views.what_then(found, folder))
     config = document(result.best)
-    _answer(as_json, config, display.best_view(config, _varied(result.best, spec)), display.where_to_look(found, folder, home, tracking_uri))
+    _answer(as_json, config, views.best_view(config, _varied(result.best, spec)), views.where_to_look(found, folder, home, tracking_uri))
 
 
 @app.command("list")
@@ -189,14 +184,14 @@ def list_studies(home: Home = None, as_json: Json = False) -> None:
             found.append(status_of(folder))
         except errors.StudyError as error:
             print(f"{folder.path} is left out: {error}", file=sys.stderr)
-    _answer(as_json, found, display.studies_table(found) if found else f"no studies in {base}; start one with: study run SPEC")
+    _answer(as_json, found, views.studies_table(found) if found else f"no studies in {base}; start one with: study run SPEC")
 
 
 @app.command()
 def status(name: Name, home: Home = None, as_json: Json = False) -> None:
     """Show where a study stands, whether or not it runs."""
     found = status_of(StudyFolder.find(home_path(home), name))
-    _answer(as_json, found, display.study_view(found))
+    _answer(as_json, found, views.study_view(found))
 
 
 @app.command()
@@ -204,8 +199,8 @@ def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_jso
     """Show the best config of a study, and how to use it."""
     config, folder = _load_best(name, home, tracking_uri), StudyFolder(home_path(home) / name)
     varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
-    use = display.how_to_use(str(folder.best)) if folder.best.exists() else display.how_to_use(name, home=home, tracking_uri=tracking_uri)
-    _answer(as_json, document(config), display.best_view(document(config), varied), use)
+    use = views.how_to_use(str(folder.best)) if folder.best.exists() else views.how_to_use(name, home=home, tracking_uri=tracking_uri)
+    _answer(as_json, document(config), views.best_view(document(config), varied), use)
 
 
 @app.command("export")
@@ -229,11 +224,44 @@ def export_best(
     if output is None:
         sys.stdout.write(exported.text)
         return
-    try:
+    with _writing(output, "-o"):
         output.write_text(exported.text, encoding="utf-8")
-    except OSError as error:
-        raise errors.HomeError(f"cannot be written ({error.strerror})", where=str(output), remedy="choose another with -o") from None
-    print(f"written to {output}", file=sys.stderr)
+
+
+@app.command()
+def trace(
+    source: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's id, such as gains-0007, or a trace.parquet.", show_default=False)],
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the trace, too: a file that ends in .svg or .png.")] = None,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Show what became of each layer of a trial: its effective learning rate over the steps, and at the end norm, rotation and state.
+
+    States, read from the last 30% of samples; the first that holds counts:
+
+    dying: the unit gradient |w||g| fell to 1e-3 of its size in the first 30%, or the norm below 1e-6 of its first value.
+    free: not scale-invariant, so theory expects nothing; an arrow shows where the norm goes.
+    equilibrium: five relaxation times have passed throughout, and rotation is within 10% of what theory expects.
+    off: they have passed, but rotation is not.
+    growing, shrinking: they have not passed, and the norm changed by more than 1%.
+    settling: they have not passed, and the norm is level.
+
+    Relaxation times count from the last change of lr x weight_decay; under a schedule that never rests, none passes.
+    """
+    if plot is not None and plot.suffix not in PICTURES:
+        raise errors.InputError(f"is no kind of picture (got {plot.suffix!r})", where=str(plot), remedy=f"end it in {' or '.join(PICTURES)}")
+    from study.lookup import find_trace
+
+    trial_id, rows = find_trace(source, home_path(home), tracking_uri)
+    found = trace_document(trial_id, rows)
+    series = {layer: own.sort_values("step")["effective_lr"].tolist() for layer, own in rows.groupby("layer")}
+    _answer(as_json, found, views.trace_view(found, series, views.console().width))
+    if plot is not None:
+        from study.results.plots import save, trace_figure
+
+        with _writing(plot, "--plot"):
+            save(trace_figure(rows, trial_id), plot)
 
 
 def _load_best(name: str, home: Path | None, tracking_uri: str | None) -> BestConfig:
@@ -260,70 +288,9 @@ def ui(
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the MLflow UI on a study home. Ctrl-C ends it."""
-    from study.tracking.store import sqlite_path
+    from study.ui import show
 
-    uri = tracking_uri_for(home_path(home), tracking_uri)
-    if uri.startswith(("http://", "https://")):
-        print(f"this MLflow store has a UI of its own: {masked(uri)}")
-        return
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        raise errors.NotFound("nothing was recorded here yet", where=str(path), remedy="run a study first, or name another home with --home")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise errors.InputError(f"cannot listen on {host}:{port} ({error.strerror})", remedy="choose another with --port") from None
-    _serve(uri, host, port)
-
-
-def _serve(uri: str, host: str, port: int) -> None:
-    """Runs the MLflow server until Ctrl-C, and takes its processes along when this one is told to end."""
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.default_int_handler)
-    # In the environment the URI, which may hold a password, is hidden from other users' process lists.
-    settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, start_new_session=True)
-        try:
-            print("starting the MLflow UI ...", file=sys.stderr)
-            if _ready(server, f"http://{host}:{port}"):
-                print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
-                server.wait()
-            log.seek(0)
-            raise errors.TrackingUnavailable("the MLflow server ended by itself", remedy=f"its last words:\n{masked(log.read()[-2000:])}")
-        except KeyboardInterrupt:
-            pass
-        finally:
-            _end(server)
-
-
-def _ready(server: "subprocess.Popen[bytes]", url: str) -> bool:
-    """Waits until the server answers; False if it ended before."""
-    for _ in range(int(READY_WITHIN / 0.3)):
-        try:
-            server.wait(timeout=0.3)
-            return False
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return True
-        except OSError:
-            continue
-    return False
-
-
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    show(tracking_uri_for(home_path(home), tracking_uri), host, port)
 
 
 @app.command()
@@ -335,18 +302,28 @@ def doctor(home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = 
     with _prints_on_stderr():
         checks = [asdict(check) for check in examine(base, tracking_uri_for(base, tracking_uri))]
     failed = any(check["state"] == "fail" for check in checks)
-    _answer(as_json, {"ok": not failed, "checks": checks}, display.checks_view(checks))
+    _answer(as_json, {"ok": not failed, "checks": checks}, views.checks_view(checks))
     raise typer.Exit(int(failed))
 
 
-def _answer(as_json: bool, document: object, *views: RenderableType) -> None:
+def _answer(as_json: bool, document: object, *shown: RenderableType) -> None:
     """Prints the answer of a command on stdout: its document, or what shows it in a terminal."""
     if as_json:
         print(json.dumps(document, indent=2, ensure_ascii=False))
         return
-    out = display.console()
-    for view in views:
+    out = views.console()
+    for view in shown:
         out.print(view, soft_wrap=isinstance(view, str | Text))
+
+
+@contextmanager
+def _writing(file: Path, option: str) -> Iterator[None]:
+    """Says what was written, or why it could not be."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.HomeError(f"cannot be written ({error.strerror})", where=str(file), remedy=f"choose another with {option}") from None
+    print(f"written to {file}", file=sys.stderr)
 
 
 @contextmanager

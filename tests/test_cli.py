@@ -18,18 +18,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from study import display, doctor, errors
+from study import display, doctor, errors, views
 from study.cli import _report, main
 from study.home import StudyFolder
-from study.measurement import Ending, Measurement, Outcome
+from study.measurement import Ending, LayerSample, Measurement, Outcome
 from study.results.best import BestConfig, ObjectiveResult, choose_best, read_best
 from study.space import arm_label
 from study.spec import StudySpec, load_spec
+from study.traces import UNFINISHED, TraceFile, write_trace
 from study.tracking.outbox import Outbox
+from study.tracking.store import connect
 from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "export", "ui", "doctor"}
+COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "export", "trace", "ui", "doctor"}
 
 SPEC = """\
 name: gains
@@ -364,6 +366,133 @@ def test_an_export_that_cannot_be_written_says_so(home: Path, capsys: pytest.Cap
     assert "cannot be written" in refused(capsys, "export", "gains", "--home", home, "-o", home / "none" / "best.yaml")
 
 
+def samples() -> list[LayerSample]:
+    """A layer in equilibrium, with a peak at its fourth sample, and a head of which theory expects nothing."""
+    return [
+        LayerSample(
+            step=step,
+            layer=layer,
+            role="weight",
+            place="inner" if layer == "conv" else "",
+            scale_invariant=layer == "conv",
+            equilibrated=True,
+            lr=0.1,
+            weight_decay=5e-3,
+            weight_norm=2 + step / 100,
+            grad_norm=0.1,
+            effective_lr=10.0 if step == 4 else 0.025,
+            rotation=0.0202,
+            rotation_expected=0.02 if layer == "conv" else None,
+            relaxation_time=10.0,
+        )
+        for step in range(1, 101)
+        for layer in ("conv", "head")
+    ]
+
+
+@pytest.fixture
+def traced(home: Path) -> Path:
+    """The trace of the trial gains-0001."""
+    path = home / "gains" / "trials" / "gains-0001" / "trace.parquet"
+    path.parent.mkdir()
+    write_trace(path, samples())
+    return path
+
+
+def test_a_trace_is_summarized_layer_by_layer(home: Path, traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "trace", "gains-0001", "--home", home)
+    first, second = shown.splitlines()[:2]
+    assert first == "gains-0001: 100 steps"
+    assert second == "1 of 1 scale-invariant layers in equilibrium; median rotation 1.01 of expected"
+    spark = "▇" + 23 * "▁"
+    assert re.search(rf"conv +inner +✓ +{spark} +0\.025 +3 +0\.0202 +0\.02 +1\.01 +10\.0x +equilibrium", shown)
+    assert re.search(rf"head +- +- +{spark} +0\.025 +3 +0\.0202 +- +- +- +free ↗", shown)
+
+
+def test_a_narrow_terminal_shows_the_states_whole(traced: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = said(capsys, "trace", traced)
+    assert re.search(r"conv +✓ +▇▁{23} +0\.025 +3 +1\.01 +equilibrium", shown)
+
+
+def test_a_trace_is_a_document_with_json(home: Path, traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "trace", "gains-0001", "--home", home)
+    assert {"trial_id", "steps", "layers", "states"} <= set(found)
+    assert (found["trial_id"], found["steps"], found["states"]["equilibrium"], found["states"]["free"]) == ("gains-0001", 100, 1, 1)
+    conv, head = found["layers"]
+    assert (conv["layer"], conv["role"], conv["place"], conv["scale_invariant"]) == ("conv", "weight", "inner", True)
+    assert (conv["weight_norm"], conv["effective_lr"], conv["relaxation_times"]) == pytest.approx((3, 0.025, 10))
+    assert (conv["rotation"], conv["rotation_expected"], conv["rotation_ratio"]) == pytest.approx((0.0202, 0.02, 1.01))
+    assert head["rotation_ratio"] is None
+    assert document(capsys, "trace", traced) == found
+
+
+def test_a_trace_that_is_being_written_is_read_by_either_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = TraceFile(tmp_path / "mine.parquet")
+    for sample in samples():
+        trace.append({sample.layer: sample})
+    trace.flush()
+    for name in ("mine.parquet", f"mine.parquet{UNFINISHED}"):
+        assert document(capsys, "trace", tmp_path / name)["steps"] == 100
+    trace.close()
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_trace_is_drawn_on_request(suffix: str, traced: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(traced), "--plot", str(tmp_path / f"drawn{suffix}"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trial_id"] == "gains-0001"
+    assert err == f"written to {tmp_path}/drawn{suffix}\n"
+    assert (tmp_path / f"drawn{suffix}").stat().st_size > 1000
+
+
+def test_a_trace_that_the_home_lacks_is_read_from_mlflow(home: Path, traced: Path, tracking_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = document(capsys, "trace", "gains-0001", "--home", home)
+    store, outbox = connect(tracking_uri), Outbox(home / "gains")
+    run = store.create(store.experiment("gains"), "gains-0001", 0, {})
+    store.upload(run, traced)
+    outbox.remember_run("gains-0001", run)
+    outbox.close()
+    traced.unlink()
+    assert document(capsys, "trace", "gains-0001", "--home", home, "--tracking-uri", tracking_uri) == expected
+
+
+def test_what_is_no_trace_is_wrong_input(home: Path, spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(source: object, *options: object) -> str:
+        return refused(capsys, "trace", source, "--home", home, *options)
+
+    assert "studies here: gains" in told("gain-0001")
+    assert "no trial of this id (got 'gains-0099')" in told("gains-0099")
+    assert "this trial has no trace yet (got 'gains-0002')" in told("gains-0002")
+    assert "not the id of a trial (got 'gains')" in told("gains")
+    assert "no such trace" in told(tmp_path / "none.parquet")
+    assert str(spec_file) in told(spec_file)
+    assert "'.pdf'" in told("gains-0001", "--plot", "drawn.pdf")
+    assert main(["trace", "gains-0099", "--home", str(home), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["errors"][0]["kind"] == "not-found"
+
+
+def test_a_picture_that_cannot_be_written_says_so(traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", str(traced), "--plot", str(traced / "drawn.svg")]) == 2
+    assert "choose another with --plot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([None, float("nan"), 0.0], ""),
+        ([1.0, 10.0, 100.0], "▁▄▇"),
+        ([0.1, 0.1001, 0.1], "▄▄▄"),
+        ([1.0, None, 100.0], "▁ ▇"),
+        ([1.0] * 50 + [1e3] + [1.0] * 49, "▁" * 12 + "▇" + "▁" * 11),
+        ([1e3] * 50 + [1.0] + [1e3] * 49, "▇" * 12 + "▁" + "▇" * 11),
+    ],
+)
+def test_a_spark_line_is_logarithmic_and_keeps_extremes(values: list[float | None], line: str) -> None:
+    assert views.spark_line(values) == line
+
+
 def test_a_home_that_cannot_be_written_is_told_before_anything_starts(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(spec_file), "--home", str(spec_file / "studies")]) == 2
     out, err = capsys.readouterr()
@@ -526,9 +655,9 @@ def test_the_time_left_is_never_more_than_the_budget() -> None:
 
 @pytest.mark.parametrize(("seconds", "shown"), [(None, "-"), (float("inf"), "-"), (0.4, "0:00"), (100.0, "1:40"), (7390.0, "2:03:10")])
 def test_durations_are_clocks(seconds: float | None, shown: str) -> None:
-    assert display.clock(seconds) == shown
+    assert views.clock(seconds) == shown
 
 
 def test_an_ended_study_without_a_best_says_why(home: Path) -> None:
     found = status(StudyFolder(home / "gains"))
-    assert "2 completed, 1 stopped, 1 diverged, 1 failed" in display.why_nothing(found)
+    assert "2 completed, 1 stopped, 1 diverged, 1 failed" in views.why_nothing(found)

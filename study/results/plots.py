@@ -1,11 +1,12 @@
-"""Plots: what a trial's traces look like. The one door to matplotlib; no window, no global state, every function returns a Figure.
+"""Plots: what a trial's traces look like. No window, no global state, every function returns a Figure.
 
 trace.parquet ──> effective_lr_figure   lr over |w|^2 of every layer
               ──> rotation_figure       rotation over what theory expects: 1 at equilibrium
-              ──> trace_figure          both
+              ──> phase_figure          weight norm and unit gradient, a path for every layer
+              ──> trace_figure          all three
 {title: trace} ─> comparison_figure     effective lr above rotation, one column for each trace
 
-The direction of one step is noisy, and theory speaks of the mean of its square: rotations are drawn as running root mean squares.
+One step is noisy, and theory speaks of the mean of its square: rotations and unit gradients are drawn as running root mean squares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import matplotlib as mpl
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+
+from study.results.layers import BAND
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,13 +38,13 @@ MOST_LABELS = 12
 SMOOTHED = 20
 """A running root mean square is over one such part of a trace."""
 
-BAND = (0.9, 1.1)
-"""Rotation over expected rotation that passes for equilibrium."""
-
 NARROW = 300
 """Highest over lowest value up to which an axis is marked at 1, 2 and 5 times powers of ten."""
 
-_STYLE: dict[Any, Any] = {
+TIGHT = 10, 2
+"""The same for more marks, and for marks at equal distances."""
+
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#888888",
     "axes.grid": True,
     "axes.labelcolor": "#333333",
@@ -64,11 +68,12 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": "#666666",
     "ytick.color": "#666666",
 }
+"""How every figure of this package looks, in matplotlib's terms."""
 
 
 def effective_lr_figure(trace: "pd.DataFrame") -> Figure:
     """The effective learning rate of each layer over optimizer steps; layers that are not scale-invariant are dashed."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         _draw_effective_lr(axes, trace)
@@ -78,7 +83,7 @@ def effective_lr_figure(trace: "pd.DataFrame") -> Figure:
 
 def rotation_figure(trace: "pd.DataFrame") -> Figure:
     """Rotation over expected rotation of each layer that theory speaks of; a dotted line marks where layers begin to count as equilibrated."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         _draw_ratio(axes, trace)
@@ -86,13 +91,30 @@ def rotation_figure(trace: "pd.DataFrame") -> Figure:
     return figure
 
 
+def phase_figure(trace: "pd.DataFrame") -> Figure:
+    """The path of each scale-invariant layer, or of every layer where there is none, in the plane of weight norm and unit gradient.
+
+    The unit gradient |w| |g| is the gradient's size at w/|w|. A path begins at a hollow dot and ends at a filled one.
+
+    Source: Lobacheva et al., On the Periodic Behavior of Neural Network Training with Batch Normalization and Weight Decay,
+    arXiv:2106.15739.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        _draw_phase(axes, trace)
+        _legend(figure, trace)
+    return figure
+
+
 def trace_figure(trace: "pd.DataFrame", title: str) -> Figure:
-    """Effective learning rate and rotation ratio of one trial, side by side."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
+    """Effective learning rate, rotation ratio and phase diagram of one trial, side by side."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(14, 3.8), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
         _draw_effective_lr(left, trace)
-        _draw_ratio(right, trace)
+        _draw_ratio(middle, trace)
+        _draw_phase(right, trace)
         figure.suptitle(title, fontsize=11)
         _legend(figure, trace)
     return figure
@@ -105,7 +127,7 @@ def comparison_figure(traces: Mapping[str, "pd.DataFrame"]) -> Figure:
         traces: Title of a column to its trace; all of the same network.
     """
     assert traces, "nothing to compare"
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.4 + 2.9 * len(traces), 5.4), layout="constrained")
         grid = figure.subplots(2, len(traces), sharex=True, sharey="row", squeeze=False)
         for column, (title, trace) in enumerate(traces.items()):
@@ -124,7 +146,7 @@ def comparison_figure(traces: Mapping[str, "pd.DataFrame"]) -> Figure:
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as what the suffix says (.svg, .png, ...); an unchanged figure gives the same SVG again."""
     metadata: dict[str, Any] = {"Date": None} if Path(path).suffix == ".svg" else {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(path, metadata=metadata, dpi=150)
 
 
@@ -159,6 +181,30 @@ def _draw_rotation(axes: Axes, trace: "pd.DataFrame") -> None:
         axes.plot(expected.index, expected, color="#000000", linewidth=1, label="expected")
         _mark_equilibrium(axes, trace)
     _finish(axes, "rotation per step (rad)", "no layer is scale-invariant")
+
+
+def _draw_phase(axes: Axes, trace: "pd.DataFrame") -> None:
+    layers = _layers(trace)
+    shown = [layer for layer in layers if layer[1]["scale_invariant"].iloc[0]] or layers
+    for layer, rows, color in shown:
+        path = _phase_path(rows)
+        if len(path):
+            axes.plot(path["norm"], path["gradient"], label=layer, color=color, linestyle=_line(rows)["linestyle"], alpha=0.8)
+            for end, fill in ((path.iloc[0], "white"), (path.iloc[-1], color)):
+                axes.plot(*end, marker="o", markersize=5, color=color, markerfacecolor=fill, label=f"_{layer}", zorder=3)
+    axes.set_xscale("log")
+    _finish(axes, "unit gradient |w| |g|", "no layer has a gradient", along="weight norm |w|")
+    if axes.lines:
+        axes.margins(0.05)
+        axes.grid(visible=True, axis="x")
+        _mark(axes.xaxis)
+
+
+def _phase_path(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """Columns norm and gradient: a smoothed path through the samples at which both are positive."""
+    gradient = rows["weight_norm"] * rows["grad_norm"]
+    path = rows.assign(norm=_running_rms(rows["weight_norm"]), gradient=_running_rms(gradient))[["norm", "gradient"]]
+    return path.dropna()
 
 
 def _running_rms(values: "pd.Series") -> "pd.Series":
@@ -205,28 +251,38 @@ def _arrivals(rows: "pd.DataFrame") -> list[int]:
     return [position for position, (before, now) in enumerate(pairwise(states)) if now and not before]
 
 
-def _finish(axes: Axes, quantity: str, why_empty: str) -> None:
-    axes.set_xlabel("optimizer steps")
+def _finish(axes: Axes, quantity: str, why_empty: str, along: str = "optimizer steps") -> None:
+    axes.set_xlabel(along)
     axes.set_ylabel(quantity)
     axes.set_yscale("log")
-    axes.grid(visible=False, axis="x")
+    axes.grid(visible=False, axis="x" if axes.lines else "both")
     if not axes.lines:
-        axes.set_yticks([])
+        # Not by set_ticks: panels beside this one may share its axes.
+        axes.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
         axes.text(0.5, 0.5, why_empty, transform=axes.transAxes, ha="center", va="center", color="#666666")
         return
     axes.margins(x=0.01)
-    low, high = axes.get_ylim()
-    if high < NARROW * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_locator(NullLocator())
+    _mark(axes.yaxis)
+
+
+def _mark(axis: Axis) -> None:
+    """Numbers at a logarithmic axis that is too short for powers of ten."""
+    low, high = axis.get_view_interval()
+    if high >= NARROW * low:
+        return
+    several, few = TIGHT
+    subs = (1, 2, 3, 4, 6) if high < several * low else (1, 2, 5)
+    axis.set_major_locator(MaxNLocator(5) if high < few * low else LogLocator(subs=subs))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure, trace: "pd.DataFrame") -> None:
-    """One legend for all panels, in the network's order."""
-    lines = [Line2D([], [], color=color, label=name, linestyle=_line(rows)["linestyle"]) for name, rows, color in _layers(trace)]
-    lines = _selected(lines)
-    if any(line.get_label() == "expected" for axes in figure.axes for line in axes.lines):
+    """One legend for all panels, of the layers that are drawn in any, in the network's order."""
+    drawn = {line.get_label() for axes in figure.axes for line in axes.lines}
+    layers = [(name, rows, color) for name, rows, color in _layers(trace) if name in drawn]
+    lines = _selected([Line2D([], [], color=color, label=name, linestyle=_line(rows)["linestyle"]) for name, rows, color in layers])
+    if "expected" in drawn:
         lines.append(Line2D([], [], color="#000000", linewidth=1, label="expected, ±10%"))
     if lines:
         figure.legend(handles=lines, loc="outside right upper")

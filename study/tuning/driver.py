@@ -23,6 +23,7 @@ from study.errors import InputError, Interrupted, TrackingUnavailable
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
+from study.results.pictures import draw
 from study.spec import ObjectiveSpec, StudySpec
 from study.tracking.names import masked
 from study.tracking.outbox import Outbox
@@ -87,6 +88,7 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         result, artifacts = _conclude(spec, folder)
         if undelivered:
             raise undelivered[0]
+        artifacts += draw(folder, spec, result.trials, recorder.attach)
         recorder.finish("finished" if result.best else "failed", artifacts)
         folder.update(state="finished" if result.best else "failed")
         return result

@@ -5,15 +5,16 @@ python tests/benchmarks/run.py solo         one of them
 
 name      ratio                                                                          target
 solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05
+trace     the same bare loop with EffectiveLR attached over the loop without; memory  at most 1.02, 1.20 every step
 study     `study run` over plain Ray Tune with its OptunaSearch and MLflow callback      at most 1.00
 """
 
 import statistics
 import sys
 
-from tests.benchmarks import solo, study_run
+from tests.benchmarks import solo, study_run, trace
 
-BENCHMARKS = {"solo": solo.measure, "study": study_run.measure}
+BENCHMARKS = {"solo": solo.measure, "trace": trace.measure, "study": study_run.measure}
 
 
 def main(names: list[str]) -> int:

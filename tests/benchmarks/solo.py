@@ -8,6 +8,7 @@ from torch import nn
 
 from study.engines.solo import EVALUATION_IMAGES, STATISTICS_IMAGES, SoloEngine
 from study.training.data import load_data
+from study.training.effective_lr import EffectiveLR
 from study.training.models import build_model
 from study.trial import TrialSpec
 
@@ -42,12 +43,13 @@ def _seconds(epoch: Epoch) -> float:
     return time.process_time() - start
 
 
-def bare_loop(trial: TrialSpec) -> Epoch:
-    """One epoch as anybody would write it, without tracing, divergence checks or a plan."""
+def bare_loop(trial: TrialSpec, every: int | None = None) -> Epoch:
+    """One epoch as anybody would write it, without divergence checks or a plan; traced every so many steps, if at all."""
     data = load_data(trial.data)
     torch.manual_seed(0)
     model = build_model(trial.model, data.shape, data.num_classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=trial.optimizer.weight_decay)
+    tracer = EffectiveLR(model, optimizer, every) if every else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
 
     def epoch() -> tuple[float, float, float]:
@@ -60,6 +62,8 @@ def bare_loop(trial: TrialSpec) -> Epoch:
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
+                if tracer:
+                    tracer.sample()
         with torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()

@@ -11,8 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.colors import same_color
 
 from study.measurement import LayerSample
-from study.results.plots import BAND, MOST_LABELS, MOST_POINTS, comparison_figure, effective_lr_figure, rotation_figure, save, trace_figure
-from study.tracking.delivery import write_trace
+from study.results.layers import BAND
+from study.results.plots import (
+    MOST_LABELS,
+    MOST_POINTS,
+    comparison_figure,
+    effective_lr_figure,
+    phase_figure,
+    rotation_figure,
+    save,
+    trace_figure,
+)
+from study.traces import write_trace
 
 LAYERS = ("stem.conv", "layer1.0.conv1", "head")
 EXPECTED = 0.02
@@ -77,12 +87,13 @@ def test_the_legend_names_the_layers_in_the_order_of_the_network(traced: Traced)
 
 
 def test_a_layer_has_the_same_color_in_every_panel(traced: Traced) -> None:
-    left, right = trace_figure(traced(), "net-0001").axes
-    colors = {line.get_label(): line.get_color() for line in left.lines}
+    first, *others = trace_figure(traced(), "net-0001").axes
+    colors = {line.get_label(): line.get_color() for line in first.lines}
     assert len({str(color) for color in colors.values()}) == len(LAYERS)
-    shown = [line for line in right.lines if line.get_label() in LAYERS]
-    assert len(shown) == 2
-    assert all(same_color(line.get_color(), colors[line.get_label()]) for line in shown)
+    for axes in others:
+        shown = [line for line in axes.lines if line.get_label() in LAYERS]
+        assert len(shown) == 2
+        assert all(same_color(line.get_color(), colors[line.get_label()]) for line in shown)
 
 
 def test_rotation_is_drawn_over_its_expectation_for_the_layers_that_have_one(traced: Traced) -> None:
@@ -120,9 +131,60 @@ def test_rotations_are_running_root_mean_squares(traced: Traced) -> None:
     assert list(axes.lines[0].get_ydata())[1:] == pytest.approx([((0.6**2 + 0.8**2) / 2) ** 0.5] * 39)
 
 
-def test_both_panels_stand_under_the_title(traced: Traced) -> None:
+def test_a_path_leads_from_a_hollow_dot_to_a_filled_one(traced: Traced) -> None:
+    trace = traced()
+    axes = phase_figure(trace).axes[0]
+    path, start, end = axes.lines[:3]
+    rows = trace[trace["layer"] == path.get_label()]
+    assert path.get_label() == "stem.conv"
+    assert list(path.get_xdata()) == pytest.approx(list(rows["weight_norm"]), rel=0.05)
+    assert list(path.get_ydata()) == pytest.approx(list(rows["weight_norm"] * rows["grad_norm"]), rel=0.05)
+    assert (start.get_xydata()[0] == path.get_xydata()[0]).all() and same_color(start.get_markerfacecolor(), "white")
+    assert (end.get_xydata()[0] == path.get_xydata()[-1]).all() and same_color(end.get_markerfacecolor(), path.get_color())
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("weight norm |w|", "unit gradient |w| |g|")
+
+
+def test_unit_gradients_are_running_root_mean_squares(traced: Traced) -> None:
+    trace = traced(steps=range(1, 41), weight_norm=2.0)
+    trace["grad_norm"] = [0.3 if step % 2 else 0.4 for step in trace["step"]]
+    axes = phase_figure(trace).axes[0]
+    assert list(axes.lines[0].get_ydata())[1:] == pytest.approx([2 * ((0.3**2 + 0.4**2) / 2) ** 0.5] * 39)
+
+
+def test_paths_are_of_scale_invariant_layers_or_of_all_where_there_is_none(traced: Traced) -> None:
+    def shown(trace: pd.DataFrame) -> list[str]:
+        return [label for label in lines(phase_figure(trace).axes[0]) if not label.startswith("_")]
+
+    assert shown(traced()) == ["stem.conv", "layer1.0.conv1"]
+    assert shown(traced(scale_invariant=False)) == list(LAYERS)
+
+
+def test_a_layer_without_a_gradient_has_no_path(traced: Traced, tmp_path: Path) -> None:
+    figure = phase_figure(traced().assign(grad_norm=0.0))
+    assert texts(figure.axes[0]) == ["no layer has a gradient"]
+    save(figure, tmp_path / "none.png")
+
+
+def test_the_legend_names_only_layers_that_are_drawn(traced: Traced) -> None:
+    for figure in (phase_figure(traced()), rotation_figure(traced())):
+        assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["stem.conv", "layer1.0.conv1"]
+        assert "head" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("high", [3.3, 3.9, 8.0, 39.0, 290.0])
+def test_a_short_axis_has_several_numbers(traced: Traced, high: float, tmp_path: Path) -> None:
+    trace = traced()
+    trace["effective_lr"] = [3.0 if step == 10 else high for step in trace["step"]]
+    figure = effective_lr_figure(trace)
+    save(figure, tmp_path / "drawn.png")
+    low, top = figure.axes[0].get_ylim()
+    assert len([tick for tick in figure.axes[0].get_yticks() if low <= tick <= top]) >= 3
+
+
+def test_the_three_panels_stand_under_the_title(traced: Traced) -> None:
     figure = trace_figure(traced(), "net-0001")
-    assert [axes.get_ylabel() for axes in figure.axes] == ["effective learning rate", "rotation / expected rotation"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["effective learning rate", "rotation / expected rotation", "unit gradient |w| |g|"]
     assert figure.get_suptitle() == "net-0001"
 
 
@@ -140,13 +202,17 @@ def test_a_comparison_has_a_column_for_each_trace_on_common_axes(traced: Traced)
 
 def test_a_trace_without_samples_gives_an_empty_figure_that_says_so(traced: Traced, tmp_path: Path) -> None:
     figure = trace_figure(traced(steps=()), "net-0001")
-    assert [texts(axes) for axes in figure.axes] == [["no effective learning rate is known for this rule"], ["theory expects no rotation here"]]
+    assert [texts(axes) for axes in figure.axes] == [
+        ["no effective learning rate is known for this rule"],
+        ["theory expects no rotation here"],
+        ["no layer has a gradient"],
+    ]
     save(figure, tmp_path / "empty.png")
 
 
 def test_a_trace_without_expectations_has_no_ratio_to_show(traced: Traced, tmp_path: Path) -> None:
     figure = trace_figure(traced(expected=None), "net-0001")
-    assert [len(axes.lines) for axes in figure.axes] == [3, 0]
+    assert [len(axes.lines) for axes in figure.axes[:2]] == [3, 0]
     assert texts(figure.axes[1]) == ["theory expects no rotation here"]
     save(figure, tmp_path / "none.png")
 

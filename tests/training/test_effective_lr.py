@@ -1,6 +1,5 @@
 """Traces are right: against theory on random walks, against a recomputation, and without touching the training."""
 
-import copy
 import math
 
 import pytest
