@@ -9,7 +9,7 @@ BIN = .venv/bin
 # --no-compile: Python compiles the few modules that are used, when they are used.
 PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
-# Two processes: the slow tests wait for other processes more than they compute. Files stay whole, as they share fixtures that take seconds.
+# Two processes: the slow tests wait for other processes more than they compute. tests/conftest.py says which tests share one.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 .PHONY: help demo test check bench clean
@@ -35,7 +35,7 @@ check: .venv/.installed ## What CI runs: format, lint, types, imports, tests
 	@$(PYTEST)
 
 bench: .venv/.installed ## Measure our overhead, as ratios
-	@$(BIN)/python tests/benchmarks/run.py
+	@$(BIN)/python -m tests.benchmarks.run
 
 clean: ## Remove what make installed and cached; studies stay
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

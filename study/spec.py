@@ -114,14 +114,14 @@ class BudgetSpec(Frozen):
 class ResourcesSpec(Frozen):
     """What a trial runs on."""
 
-    engine: Literal["auto", "solo"] = "auto"
-    """`solo`: one trial in one process. `auto` chooses the fastest that is available."""
+    engine: Literal["auto", "solo", "fused"] = "auto"
+    """`solo`: one trial in one process. `fused`: many trials in one step. `auto` chooses by a self-test of the model and the measured gain."""
     cpus_per_trial: Count = 1
     """Cores that a trial reserves; each trial computes on one thread whatever this says."""
     gpus_per_trial: NonNegative = 0.0
     """Share of a GPU that a trial reserves; 0 trains on the CPU."""
-    slots: Literal["auto"] = "auto"
-    """How many trials one engine trains at once; the solo engine has one slot."""
+    slots: Literal["auto"] | Annotated[int, BeforeValidator(not_a_boolean), Field(ge=1)] = "auto"
+    """How many trials one fused engine trains at once; the solo engine has one slot."""
     gpus_per_engine: Literal["auto"] = "auto"
     """How much of a GPU one engine takes; the solo engine takes `gpus_per_trial`."""
 

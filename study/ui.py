@@ -44,7 +44,8 @@ def show(uri: str, host: str, port: int) -> None:
 
 def _serve(uri: str, host: str, port: int) -> None:
     """Runs the MLflow server until Ctrl-C, and takes its processes along when this one is told to end."""
-    for name in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: where this was started in the background of a script, Python leaves it ignored.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.default_int_handler)
     # In the environment the URI, which may hold a password, is hidden from other users' process lists.
     settings = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

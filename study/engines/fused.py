@@ -31,6 +31,7 @@ class FusedEngine:
         Args:
             arithmetic: `converted`, `looped`, or `auto`: converted where torch.fx can read the model.
         """
+        self.capacity = capacity
         self._device = torch.device(device)
         self._arithmetic = arithmetic
         self._slots = Slots(capacity)
@@ -39,6 +40,13 @@ class FusedEngine:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __contains__(self, trial_id: str) -> bool:
+        return trial_id in self._slots
+
+    def trials(self) -> list[str]:
+        """The admitted trials."""
+        return list(self._slots)
 
     @property
     def arithmetic(self) -> str:

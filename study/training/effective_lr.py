@@ -26,7 +26,7 @@ from study.training.roles import ParameterRole, Role, visible_roles
 from study.training.sharding import bare_model, local, summed_over_shards
 from study.training.updates import PlannedOptimizer
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Coordinates that are widened to float64 at once."""
 
 
@@ -262,7 +262,7 @@ def _inverse_roots(state: Mapping[str, Any], group: Mapping[str, Any], weight: T
 
 def _filter_sample(before: Tensor, weight: Tensor, group: Mapping[str, Any], theory: Theory) -> FilterSample:
     assert weight.grad is not None
-    w, after, g = (local(tensor).detach().to(_wide(before)).reshape(len(before), -1) for tensor in (before, weight, weight.grad))
+    w, after, g = (local(tensor).detach().to(_wide(before)).reshape(len(before), before[:1].numel()) for tensor in (before, weight, weight.grad))
     d = after - w
     norm2, along, moved2 = (w * w).sum(1), (w * d).sum(1), (d * d).sum(1)
     norm, power = norm2.sqrt(), theory.effective_lr_power

@@ -29,6 +29,7 @@ from study.tracking.names import masked
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, git_commit
 from study.trial import TrialSpec, flatten
+from study.tuning.choosing import Choice, choose
 from study.tuning.preflight import audit
 
 if TYPE_CHECKING:
@@ -79,10 +80,12 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
         store = tracking_uri_for(base, tracking_uri)
-        recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine="solo")
+        choice = choose(spec, base)
+        log.warning("engine: %s, as %s", choice.engine, choice.why)
+        recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine=choice.engine)
         folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
         with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
-            _search(spec, folder, interrupt)
+            _search(spec, folder, choice, interrupt)
         if interrupt.is_set():
             raise _interrupted(spec, folder, recorder)
         result, artifacts = _conclude(spec, folder)
@@ -112,10 +115,11 @@ def _unwatched(folder: StudyFolder, interrupt: threading.Event) -> AbstractConte
     return nullcontext()
 
 
-def _search(spec: StudySpec, folder: StudyFolder, interrupt: threading.Event) -> None:
+def _search(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: threading.Event) -> None:
     """Runs every trial that is left, and settles the ones that the end of the search cut short."""
     from study.tuning.callbacks import settle
     from study.tuning.search import Search
+    from study.tuning.trainables import snapshot_path
 
     outbox, search = Outbox(folder.path), Search(spec, folder.journal)
     for trial_id, (ending, value) in search.told().items():
@@ -123,7 +127,7 @@ def _search(spec: StudySpec, folder: StudyFolder, interrupt: threading.Event) ->
             settle(outbox, folder.path, trial_id, ending, value)
     left = [(proposal, _history(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
     if left or search.unasked:
-        tune_study(spec, folder.path, search, outbox, left, interrupt)
+        tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
     cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
     for proposal in search.running():
         history = [objective for _, objective in _history(outbox, proposal.trial_id, spec.objective)]
@@ -132,6 +136,10 @@ def _search(spec: StudySpec, folder: StudyFolder, interrupt: threading.Event) ->
             outbox.start(proposal.trial_id, arm=proposal.arm, trial=proposal.trial.canonical())
             search.tell(proposal.trial_id, cut_short, value)
         settle(outbox, folder.path, proposal.trial_id, cut_short, value)
+    for record in outbox.records():
+        # An engine may write a trial's snapshot once more before it hears that the trial was stopped.
+        if record.outcome is not Outcome.INTERRUPTED:
+            snapshot_path(folder.path, record.trial_id).unlink(missing_ok=True)
 
 
 def _history(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "History":
@@ -139,7 +147,13 @@ def _history(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "Histor
 
 
 def tune_study(
-    spec: StudySpec, folder: Path, search: "Search", outbox: Outbox, left: list[tuple["Proposal", "History"]], interrupt: threading.Event
+    spec: StudySpec,
+    folder: Path,
+    search: "Search",
+    outbox: Outbox,
+    left: list[tuple["Proposal", "History"]],
+    interrupt: threading.Event,
+    choice: Choice,
 ) -> None:
     """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set."""
     _quiet_hosts()
@@ -149,7 +163,6 @@ def tune_study(
     from study.tuning.callbacks import LedgerCallback
     from study.tuning.search import JournalSearcher
     from study.tuning.stopping import stopping
-    from study.tuning.trainables import SoloTrainable
 
     resources = spec.resources
     settings = {
@@ -161,9 +174,9 @@ def tune_study(
     going_on = {proposal.trial_id for proposal, _ in left}
     ended = [(record.arm, _history(outbox, record.trial_id, spec.objective)) for record in outbox.records() if record.trial_id not in going_on]
     resumed = {proposal.trial_id: history for proposal, history in left}
-    with _ray(ray):
+    with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
         tune.run(
-            SoloTrainable,
+            trainable,
             name="ray",
             storage_path=str(folder.resolve()),
             search_alg=JournalSearcher(search, settings, left, _tags),
@@ -171,7 +184,7 @@ def tune_study(
             stop=_stopper(spec, interrupt),
             callbacks=[LedgerCallback(outbox, folder)],
             num_samples=search.unasked + len(left),
-            resources_per_trial={"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+            resources_per_trial=share,
             reuse_actors=True,
             max_failures=2,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -179,6 +192,28 @@ def tune_study(
             raise_on_failed_trial=False,
             verbose=0,
         )
+
+
+@contextmanager
+def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any]) -> Iterator[tuple[Any, dict[str, float]]]:
+    """What Tune runs for each trial, and what each reserves; engines for it while the block lasts.
+
+    The settings of the trials are told how to find the engines.
+    """
+    from study.tuning.trainables import FusedTrainable, SoloTrainable
+
+    resources = spec.resources
+    if choice.engine == "solo":
+        yield SoloTrainable, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+        return
+    from study.tuning.actor import pool
+
+    arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
+    with pool({**arguments, "keep": settings["keep_weights"]}) as name:
+        settings["pool"] = name
+        # Rounded down, so that as many proxies as slots fit.
+        share = int(10_000 / choice.slots) / 10_000
+        yield FusedTrainable, {"cpu": 0.0, "gpu": share} if resources.gpus_per_trial else {"cpu": share}
 
 
 def _tags(trial: TrialSpec) -> dict[str, str]:
@@ -229,6 +264,8 @@ def _quiet_hosts() -> None:
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Trials start a few at a time: the first ones train while the processes of others start.
+        "TUNE_MAX_PENDING_TRIALS_PG": "2",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -1,19 +1,19 @@
-"""A Tune trial: a solo engine in its own process. Importing this module imports no torch.
+"""A Tune trial: a solo engine in its own process, or a light proxy of a row in an engine actor. Importing this module imports no torch.
 
-    config from the searcher ──> engine.admit ──> step() = one epoch ──> result
-                                      ▲                │
-                              snapshot on disk <───────┘     a worker that dies costs at most SNAPSHOT_SECONDS and one epoch
+    config from the searcher ──> engine ──> step() = one epoch ──> result
+                                   ▲             │
+                           snapshot on disk <────┘     a process that dies costs little more than one epoch
 
 Errors in the user's code end the trial as `failed` here, with their traceback; only a lost process is Tune's to handle.
 """
 
-import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 
 from study.measurement import Ending, Outcome
@@ -22,11 +22,16 @@ from study.trial import TrialSpec
 from study.tuning.stopping import EPOCH, OBJECTIVE
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from study.engines.engine import Progress
     from study.engines.solo import SoloEngine
 
 SNAPSHOT_SECONDS = 5.0
 """Training time between snapshots."""
+
+MOST_ENGINES = 5
+"""Engines that a trial tries for one epoch before it gives up."""
 
 ENDING, VALUE, STEP, MEASUREMENT = "ending", "value", "step", "measurement"
 """Keys of a Tune result, beside those of `stopping`."""
@@ -54,17 +59,32 @@ def snapshot_path(study: Path, trial_id: str) -> Path:
     return folder_of(study, trial_id) / "snapshot.pt"
 
 
-class SoloTrainable(tune.Trainable):
-    """Trains one trial at a time with a SoloEngine and reports every epoch.
+def keep_weights(study: Path, trial_id: str, keep: str, weights: "Callable[[str], Mapping[str, Tensor]]") -> None:
+    """Writes the weights of a trial that completed, as `keep.weights` says: `best`, `all` or `none`."""
+    if keep == "none":
+        return
+    from safetensors.torch import save_file
+
+    own = folder_of(study, trial_id)
+    folder = own / "artifacts" if keep == "all" else own
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(weights(trial_id)), folder / "model.safetensors")
+
+
+class StudyTrainable(tune.Trainable):
+    """A trial as Tune sees it: reports every epoch, from whoever trains it.
 
     Its config: `trial_id`, `arm`, `trial` (the spec as JSON), `objective` (JSON), `folder` (the study's), `device`,
-    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`).
+    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), and `pool`, the name of
+    the pool of engines, where trials are fused.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         """Takes the config; training starts with the first step, so that errors there are the trial's own."""
+        self._trial_id, self._folder = config["trial_id"], Path(config["folder"])
+        self._objective = ObjectiveSpec.model_validate_json(config["objective"])
         self._config = config
-        self._engine: SoloEngine | None = None
+        self._history: list[float] = list(config["history"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial into the same process."""
@@ -74,56 +94,115 @@ class SoloTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch of the trial, as a Tune result."""
         try:
-            if self._engine is None:
-                self._admit()
-            assert self._engine is not None
-            (progress,) = self._engine.advance()
-            return self._report(progress)
+            return self._report(self._advance())
         except Exception as error:  # whatever the user's model, data or metric raises fails this trial, not the study
             text = "".join(traceback.format_exception(error))
             return {ENDING: Ending(Outcome.FAILED, error=text), "done": True}
 
-    def _admit(self) -> None:
-        from study.engines.engine import Snapshot
-        from study.engines.solo import SoloEngine
-
-        self._trial_id, self._folder = self._config["trial_id"], Path(self._config["folder"])
-        self._objective = ObjectiveSpec.model_validate_json(self._config["objective"])
-        path = snapshot_path(self._folder, self._trial_id)
-        snapshot = Snapshot.load(path) if path.exists() else None
-        self._history: list[float] = list(self._config["history"][: snapshot.epoch if snapshot else 0])
-        engine = SoloEngine(self._config["device"])
-        engine.admit(self._trial_id, TrialSpec.model_validate(json.loads(self._config["trial"])), snapshot)
-        self._engine, self._saved = engine, time.monotonic()
+    def _advance(self) -> "Progress":
+        """Trains one epoch."""
+        raise NotImplementedError
 
     def _report(self, progress: "Progress") -> dict[str, Any]:
         measurement, ending = progress.measurement, progress.ending
+        if ending is not None and ending.outcome is Outcome.FAILED:
+            return {ENDING: ending, "done": True}
         result: dict[str, Any] = {EPOCH: measurement.epoch, STEP: measurement.step, MEASUREMENT: measurement}
         if self._objective.metric in measurement.values:
-            self._history.append(measurement.values[self._objective.metric])
+            # A trial that was started again may go on before the last epoch that is known.
+            self._history = [*self._history[: measurement.epoch - 1], measurement.values[self._objective.metric]]
             result |= {OBJECTIVE: self._history[-1], VALUE: self._objective.value(self._history)}
         elif ending is None or ending.outcome is Outcome.COMPLETED:
             ending = Ending(Outcome.FAILED, error=f"no value of the objective {self._objective.metric!r} at epoch {measurement.epoch}")
-        if ending is not None:
-            self._close(ending)
-            return {**result, ENDING: ending, "done": True}
-        if time.monotonic() - self._saved > SNAPSHOT_SECONDS:
-            self._save()
-        return result
+        return result if ending is None else {**result, ENDING: ending, "done": True}
 
-    def _save(self) -> None:
-        assert self._engine is not None
-        self._engine.snapshot(self._trial_id).save(snapshot_path(self._folder, self._trial_id))
-        self._saved = time.monotonic()
 
-    def _close(self, ending: Ending) -> None:
-        assert self._engine is not None
-        keep = self._config["keep_weights"]
-        if ending.outcome is Outcome.COMPLETED and keep != "none":
-            from safetensors.torch import save_file
+class SoloTrainable(StudyTrainable):
+    """Trains one trial at a time with a SoloEngine in this process."""
 
-            own = folder_of(self._folder, self._trial_id)
-            folder = own / "artifacts" if keep == "all" else own
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(dict(self._engine.weights(self._trial_id)), folder / "model.safetensors")
-        self._engine.release(self._trial_id)
+    def setup(self, config: dict[str, Any]) -> None:
+        """Takes the config."""
+        super().setup(config)
+        self._engine: SoloEngine | None = None
+
+    def _advance(self) -> "Progress":
+        if self._engine is None:
+            self._engine = self._admitted()
+            self._saved = time.monotonic()
+        (progress,) = self._engine.advance()
+        if progress.ending is None:
+            if time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+                self._engine.snapshot(self._trial_id).save(snapshot_path(self._folder, self._trial_id))
+                self._saved = time.monotonic()
+        elif progress.ending.outcome is Outcome.COMPLETED:
+            keep_weights(self._folder, self._trial_id, self._config["keep_weights"], self._engine.weights)
+        return progress
+
+    def _admitted(self) -> "SoloEngine":
+        from study.engines.engine import Snapshot
+        from study.engines.solo import SoloEngine
+
+        path = snapshot_path(self._folder, self._trial_id)
+        engine = SoloEngine(self._config["device"])
+        engine.admit(self._trial_id, TrialSpec.model_validate_json(self._config["trial"]), Snapshot.load(path) if path.exists() else None)
+        return engine
+
+
+class FusedTrainable(StudyTrainable):
+    """A light proxy: waits for the epochs of its trial from the engine actor of its GPU, or of one of its node's cores. No torch here.
+
+    An engine that dies is replaced through the pool, and the trial goes on from its latest snapshot: Tune does not notice.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Takes the config."""
+        super().setup(config)
+        self._epoch = config["epoch"]
+        self._engine: Any = None
+        self._is_away = True
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Lets go of the trial that was stopped, and takes the next one, on the same engine."""
+        self._leave()
+        engine = self._engine
+        self.setup(new_config)
+        self._engine = engine
+        return True
+
+    def cleanup(self) -> None:
+        """Lets go of the trial and of the engine."""
+        self._leave()
+        self._pool.leave.remote(self._proxy)
+
+    @property
+    def _proxy(self) -> str:
+        return str(ray.get_runtime_context().get_actor_id())
+
+    def _leave(self) -> None:
+        if self._engine is not None and not self._is_away:
+            self._engine.release.remote(self._trial_id)
+            self._is_away = True
+
+    def _advance(self) -> "Progress":
+        for attempt in range(MOST_ENGINES):
+            if self._engine is None or attempt:
+                self._engine = self._found(lost=bool(attempt))
+            try:
+                self._is_away = False
+                progress: Progress = ray.get(self._engine.next.remote(self._trial_id, self._config["trial"], self._epoch))
+            except ray.exceptions.RayActorError as error:
+                lost = error
+                continue
+            self._epoch = progress.measurement.epoch
+            self._is_away = progress.ending is not None
+            return progress
+        raise lost
+
+    @property
+    def _pool(self) -> Any:
+        return ray.get_actor(self._config["pool"])
+
+    def _found(self, lost: bool) -> Any:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return ray.get(self._pool.engine.remote(self._proxy, context.get_node_id(), gpus[0] if gpus else "", lost))

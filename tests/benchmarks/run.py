@@ -1,7 +1,7 @@
 """Benchmarks, as ratios within one run: what the service costs over doing the same by hand.
 
-python tests/benchmarks/run.py              all of them
-python tests/benchmarks/run.py solo         one of them
+python -m tests.benchmarks.run               all of them
+python -m tests.benchmarks.run solo         one of them
 
 name      ratio                                                                          target
 solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05

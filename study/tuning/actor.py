@@ -1,0 +1,304 @@
+"""Engine actors: fused engines in processes of their own, where Ray placed the trials, owned by the study and gone with it.
+
+    proxy ──engine(node)──> Pool ──makes, pings, replaces──> EngineActor       one per core, or per GPU
+    proxy ──next(trial, epoch)──────────────────────────────>│ waits for the others ─ tick ─ Progress
+    proxy <──────────────────────────────────────────────────┘
+
+A tick trains one epoch of every trial that asks for it. An actor waits a little for trials that have not asked yet, so that decisions
+fall for all slots together and freed slots are filled again before the next tick; whoever comes later skips one tick.
+
+Snapshots of all trials are written between ticks. When an actor dies its trials ask the pool for another, which goes on from there.
+"""
+
+import asyncio
+import json
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from study.measurement import Ending, Measurement, Outcome
+from study.trial import TrialSpec
+from study.tuning.trainables import keep_weights, snapshot_path
+
+if TYPE_CHECKING:
+    from study.engines.engine import Progress
+    from study.engines.fused import FusedEngine
+
+PATIENCE = 0.5
+"""How long a tick waits for trials that have not asked yet, as a share of the last tick."""
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 2.0
+"""Seconds between which that wait is kept."""
+
+SNAPSHOT_SHARE = 0.05
+"""Share of the time that writing snapshots may take: with ticks shorter than that allows, some are left out."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A trial that waits for its next epoch."""
+
+    trial: str
+    epoch: int
+    """The last epoch that the study knows of."""
+    answer: "asyncio.Future[Progress]"
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How long ticks and snapshots take."""
+
+    tick: float = 0.0
+    snapshot: float = 0.0
+    saved: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> float:
+        """Seconds to wait for trials that have not asked."""
+        return min(max(PATIENCE * self.tick, SHORTEST_WAIT), LONGEST_WAIT)
+
+    def is_time_to_save(self) -> bool:
+        """Whether snapshots would take no more than their share of the time."""
+        return time.monotonic() - self.saved >= self.snapshot / SNAPSHOT_SHARE
+
+
+class EngineActor:
+    """One fused engine, driven by the trials that ask it for epochs."""
+
+    def __init__(self, folder: str, slots: int, device: str, arithmetic: str, keep: str) -> None:
+        self._folder, self._keep = Path(folder), keep
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._asked: dict[str, _Asked] = {}
+        self._leaving: set[str] = set()
+        self._expected = 0
+        self._news = asyncio.Event()
+        self._pace = _Pace()
+        self._ticker: asyncio.Task[None] | None = None
+        # Loading torch takes seconds: the actor answers meanwhile.
+        self._started = self._thread.submit(_engine, slots, device, arithmetic)
+        self._ticks = self._trained = 0
+
+    async def ping(self) -> bool:
+        """Whether it is alive."""
+        return True
+
+    async def next(self, trial_id: str, trial: str, epoch: int) -> "Progress":
+        """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one."""
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._run())
+        answer: asyncio.Future[Progress] = asyncio.get_running_loop().create_future()
+        self._asked[trial_id] = _Asked(trial, epoch, answer)
+        self._news.set()
+        return await answer
+
+    async def release(self, trial_id: str) -> None:
+        """Forgets a trial that was stopped; its slot is free from the next tick on."""
+        self._asked.pop(trial_id, None)
+        self._leaving.add(trial_id)
+        self._news.set()
+
+    @property
+    def _engine(self) -> "FusedEngine":
+        return self._started.result()
+
+    async def occupancy(self) -> tuple[int, int]:
+        """Ticks so far, and trial-epochs trained in them."""
+        return self._ticks, self._trained
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._gathered()
+            asked, leaving = dict(self._asked), set(self._leaving)
+            self._leaving -= leaving
+            found = await loop.run_in_executor(self._thread, self._tick, asked, leaving)
+            for trial_id, progress in found.items():
+                waiting = self._asked.get(trial_id)
+                if waiting is not None and waiting is asked[trial_id] and not waiting.answer.done():
+                    del self._asked[trial_id]
+                    waiting.answer.set_result(progress)
+            await loop.run_in_executor(self._thread, self._save)
+
+    async def _gathered(self) -> None:
+        """Waits until as many trials have asked as before the last tick, or for as long as it pays: the place of a trial that ended is
+        expected to be taken by another.
+        """
+        while not self._asked:
+            await self._next_news(None)
+        deadline = time.monotonic() + self._pace.wait()
+        while len(self._asked) < self._expected:
+            left = deadline - time.monotonic()
+            if left <= 0 or not await self._next_news(left):
+                break
+        self._expected = len(self._asked)
+
+    async def _next_news(self, timeout: float | None) -> bool:
+        self._news.clear()
+        try:
+            await asyncio.wait_for(self._news.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def _tick(self, asked: dict[str, _Asked], leaving: set[str]) -> "dict[str, Progress]":
+        """Trains one epoch of the trials that ask; what is news to them, by trial."""
+        start = time.monotonic()
+        found: dict[str, Progress] = {}
+        for trial_id in leaving:
+            if trial_id in self._engine:
+                self._engine.release(trial_id)
+        for trial_id, one in asked.items():
+            # Without a free slot it waits for the next tick.
+            if trial_id not in self._engine and len(self._engine) < self._engine.capacity:
+                try:
+                    self._admit(trial_id, one)
+                except Exception as error:  # whatever the user's code raises fails this trial alone
+                    found[trial_id] = _failed(trial_id, error)
+        present = [trial_id for trial_id in asked if trial_id in self._engine]
+        try:
+            progress = self._engine.advance(present)
+        except Exception as error:  # the trials' joint step: all of them fail by it
+            progress = [_failed(trial_id, error) for trial_id in present]
+        for one_progress in progress:
+            self._settle(one_progress)
+            if one_progress.measurement.epoch > asked[one_progress.trial_id].epoch or one_progress.ending:
+                found[one_progress.trial_id] = one_progress
+        self._ticks, self._trained = self._ticks + 1, self._trained + len(present)
+        self._pace.tick = time.monotonic() - start
+        return found
+
+    def _admit(self, trial_id: str, asked: _Asked) -> None:
+        from study.engines.engine import Snapshot
+
+        path = snapshot_path(self._folder, trial_id)
+        snapshot = Snapshot.load(path) if path.exists() else None
+        self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot)
+
+    def _settle(self, progress: "Progress") -> None:
+        """Keeps the weights of a trial that completed, and frees the slot of one that ended."""
+        if progress.ending is None:
+            return
+        if progress.ending.outcome is Outcome.COMPLETED:
+            keep_weights(self._folder, progress.trial_id, self._keep, self._engine.weights)
+        self._engine.release(progress.trial_id)
+
+    def _save(self) -> None:
+        """Writes a snapshot of every trial, unless that would take more than its share of the time."""
+        if not self._pace.is_time_to_save():
+            return
+        start = time.monotonic()
+        for trial_id in [trial for trial in self._engine.trials() if trial not in self._leaving]:
+            self._engine.snapshot(trial_id).save(snapshot_path(self._folder, trial_id))
+        self._pace.saved = time.monotonic()
+        self._pace.snapshot = self._pace.saved - start
+
+
+def _engine(slots: int, device: str, arithmetic: str) -> "FusedEngine":
+    from study.engines.fused import FusedEngine
+
+    return FusedEngine(slots, device, arithmetic)
+
+
+def _failed(trial_id: str, error: Exception) -> "Progress":
+    from study.engines.engine import Progress
+
+    text = "".join(traceback.format_exception(error))
+    return Progress(trial_id, Measurement(0, 0, {}), Ending(Outcome.FAILED, error=text))
+
+
+class Pool:
+    """Makes the engines of a study where they are asked for, and replaces those that died. An actor itself, next to the driver."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """Makes an empty pool.
+
+        Args:
+            settings: Arguments of every EngineActor.
+        """
+        self._settings = settings
+        self._engines: dict[tuple[str, str], Any] = {}
+        self._proxies: dict[str, tuple[str, str]] = {}
+        if settings["device"] == "cpu":
+            # Before the proxies: Ray starts few processes at once, and without engines nobody trains.
+            here = ray.get_runtime_context().get_node_id()
+            self._engines = {(here, name): self._started(here, name) for name in _core_names(here)}
+
+    def engine(self, proxy: str, node: str, gpu: str, lost: bool = False) -> Any:
+        """The engine of a proxy: the one on its GPU, or the one of its node's cores with the fewest proxies.
+
+        Args:
+            gpu: The id of the GPU that Ray gave the proxy; empty where it has none.
+            lost: Whether the proxy could not reach the engine that it was given before, so that it must be seen to live.
+        """
+        key = self._proxies.get(proxy)
+        if key is None:
+            names = [f"gpu {gpu}"] if gpu else _core_names(node)
+            load = list(self._proxies.values())
+            key = min(((node, name) for name in names), key=load.count)
+            self._proxies[proxy] = key
+        handle = self._engines.get(key)
+        if handle is None or (lost and not _is_alive(handle)):
+            handle = self._engines[key] = self._started(*key)
+        return handle
+
+    def wait(self) -> None:
+        """Returns once every engine's process is there."""
+        ray.get([handle.ping.remote() for handle in self._engines.values()])
+
+    def leave(self, proxy: str) -> None:
+        """A proxy has ended."""
+        self._proxies.pop(proxy, None)
+
+    def occupancy(self) -> list[tuple[int, int]]:
+        """Of every living engine: ticks so far, and trial-epochs trained in them."""
+        return ray.get([handle.occupancy.remote() for handle in self._engines.values()])
+
+    def _started(self, node: str, name: str) -> Any:
+        kind, _, number = name.partition(" ")
+        environment = {"OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": number} if kind == "gpu" else {})}
+        placed = ray.remote(EngineActor).options(
+            num_cpus=0,
+            max_concurrency=1000,
+            runtime_env={"env_vars": environment},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        return placed.remote(**self._settings)
+
+
+def _core_names(node: str) -> list[str]:
+    """A name for each CPU that a node offers to Ray."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    cores = next((int(found["Resources"].get("CPU", 0)) for found in nodes if found["NodeID"] == node), 0)
+    return [f"core {number}" for number in range(max(1, cores))]
+
+
+@contextmanager
+def pool(settings: dict[str, Any]) -> Iterator[str]:
+    """The name of a pool of engines, which lives, with them, as long as the block and this process do.
+
+    Args:
+        settings: Arguments of every EngineActor.
+    """
+    name = f"engines-{uuid.uuid4().hex}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    handle: Any = ray.remote(Pool).options(name=name, num_cpus=0, scheduling_strategy=here).remote(settings)
+    try:
+        ray.get(handle.wait.remote())
+        yield name
+    finally:
+        ray.kill(handle)
+
+
+def _is_alive(handle: Any) -> bool:
+    try:
+        return bool(ray.get(handle.ping.remote(), timeout=60))
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return False
