@@ -63,6 +63,7 @@ class Browser:
         with (folder / "chromium.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", WITH_PIPES, str(commands), str(answers), str(CHROMIUM), *options],
+                env={**os.environ, "TMPDIR": str(folder)},
                 pass_fds=(commands, answers),
                 stdout=log,
                 stderr=log,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -25,7 +26,8 @@ from study.home import StudyFolder
 from study.space import arm_label
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
-from study.tuning.driver import run
+from study.tuning.driver import StudyResult, run
+from tests.conftest import own_environment
 
 TRIAL: dict[str, Any] = {
     "data": {"batch_size": 64, "train_size": 320},
@@ -37,6 +39,11 @@ SPACE: dict[str, Any] = {
     "optimizer.lr": {"low": 1e-2, "high": 1.0, "log": True},
     "optimizer.gamma": {"choices": ["none", "all"], "role": "scientific"},
 }
+LONG = {**TRIAL, "schedule": {"epochs": 12, "shape": "cosine"}}
+"""Of trials that can be interrupted."""
+
+SERIAL: dict[str, Any] = {"resources": {"cpus_per_trial": 2}}
+"""One trial at a time, where that is enough: every process of a worker takes seconds to start."""
 
 
 def spec(
@@ -47,12 +54,17 @@ def spec(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """One Ray for all studies of this module: starting it takes seconds."""
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    yield
-    ray.shutdown()
+def users_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in which the workers of this module's Ray find modules; that Ray runs all studies of this process, as starting one takes seconds."""
+    folder = tmp_path_factory.mktemp("users_code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        # The workers inherit this.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+        yield folder
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -136,17 +148,46 @@ def test_a_study_is_trained_told_and_remembered(home: Path) -> None:
     assert not list((home / "whole" / "trials").glob("*/snapshot*"))
 
 
-def test_the_same_seed_gives_the_same_values_twice(tmp_path: Path, mlflow_database: Path) -> None:
-    studied = spec("twin")
-    first, second = (run(studied, home=prepared(tmp_path / home, mlflow_database)) for home in ("a", "b"))
+def values_of(trials: pd.DataFrame) -> dict[str, float]:
+    return dict(sorted(trials.set_index("trial_id")["value"].to_dict().items()))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> pd.DataFrame:
+    """The trials of the study that others extend and interrupt, when nobody does, one after the other."""
+    home = prepared(tmp_path_factory.mktemp("undisturbed") / "home", mlflow_database)
+    return run(spec("cut", trial=LONG, trials=6, **SERIAL), home=home).trials
+
+
+@pytest.fixture(scope="module")
+def in_two_parts(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> tuple[Path, StudyResult, StudyResult]:
+    """A study of two trials, and the same study given more of them."""
+    home = prepared(tmp_path_factory.mktemp("in_two_parts") / "home", mlflow_database)
+    first = run(spec("cut", trial=LONG, trials=2), home=home)
+    ledger = (home / "cut" / "outbox.sqlite").stat().st_mtime_ns
+    again = run(spec("cut", trial=LONG, trials=2), home=home)
+    assert again.best == first.best and (home / "cut" / "outbox.sqlite").stat().st_mtime_ns == ledger
+    return home, first, run(spec("cut", trial=LONG, trials=6), home=home)
+
+
+def test_a_finished_study_is_not_run_again_but_can_be_given_more_trials(in_two_parts: tuple[Path, StudyResult, StudyResult]) -> None:
+    home, first, longer = in_two_parts
+    all_agree(home, spec("cut", trial=LONG, trials=6))
+    assert longer.study_id == first.study_id
+    pd.testing.assert_series_equal(longer.trials["value"][:2], first.trials["value"])
+
+
+def test_the_same_seed_gives_the_same_values_twice(undisturbed: pd.DataFrame, in_two_parts: tuple[Path, StudyResult, StudyResult]) -> None:
+    """Also when trials run side by side, and when they were asked for in two parts."""
     columns = ["trial_id", "value", "optimizer.lr", "val/loss"]
-    pd.testing.assert_frame_equal(*(result.trials.sort_values("trial_id")[columns].reset_index(drop=True) for result in (first, second)))
+    tables = (trials.sort_values("trial_id")[columns].reset_index(drop=True) for trials in (undisturbed, in_two_parts[2].trials))
+    pd.testing.assert_frame_equal(*tables)
 
 
 def test_a_space_that_reaches_into_divergence_finishes_with_a_finite_best(home: Path) -> None:
     trial = {**TRIAL, "model": {"name": "mlp", "norm": "none", "width": 16}}
     space = {"optimizer.lr": {"low": 1e-2, "high": 1e4, "log": True}}
-    studied = spec("cliff", trial=trial, space=space, trials=12, objective={"metric": "val/loss"})
+    studied = spec("cliff", trial=trial, space=space, trials=12, objective={"metric": "val/loss"}, **SERIAL)
     result = run(studied, home=home)
     all_agree(home, studied)
     outcomes = result.trials.set_index("trial_id")["outcome"]
@@ -158,16 +199,13 @@ def test_a_space_that_reaches_into_divergence_finishes_with_a_finite_best(home: 
     assert reasons <= {"nan", "inf", "exploded"} and reasons
 
 
-def test_an_error_in_the_users_code_fails_that_trial_and_keeps_its_traceback(tmp_path: Path, home: Path) -> None:
-    (tmp_path / "brittle.py").write_text(
+def test_an_error_in_the_users_code_fails_that_trial_and_keeps_its_traceback(users_code: Path, tmp_path: Path, home: Path) -> None:
+    (users_code / "brittle.py").write_text(
         "def metric(logits, labels):\n    if logits.element_size() == 8:\n        raise ArithmeticError('too precise')\n    return 0.0\n"
     )
     trial = {**TRIAL, "metrics": ["import:brittle:metric"]}
-    studied = spec("brittle", trial=trial, space={"precision": {"choices": ["float32", "float64"]}}, trials=2, sampler="grid")
-    (tmp_path / "spec.yaml").write_text(studied.to_yaml())
-    process = start(tmp_path)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    studied = spec("brittle", trial=trial, space={"precision": {"choices": ["float32", "float64"]}}, trials=2, sampler="grid", **SERIAL)
+    run(studied, home=home)
     all_agree(home, studied)
     _, children, client = mlflow_runs(home, "brittle")
     completed, failed = sorted(children, key=lambda child: child.data.tags["study.trial_id"])
@@ -176,31 +214,17 @@ def test_an_error_in_the_users_code_fails_that_trial_and_keeps_its_traceback(tmp
     assert "too precise" in text and "brittle.py" in text
 
 
-def environment() -> dict[str, str]:
-    here = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
-
-
-def test_the_budget_ends_trials_as_stopped_and_the_study_cleanly(home: Path) -> None:
-    trial = {**TRIAL, "schedule": {"epochs": 5000, "shape": "constant"}}
-    studied = spec("short", trial=trial, trials=2, budget={"wall": 6})
+def test_the_budget_ends_trials_as_stopped_and_the_study_cleanly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's clock stands still until a trial is under way, and then the budget is spent."""
+    studied = spec("short", trial={**TRIAL, "schedule": {"epochs": 5000, "shape": "constant"}}, trials=2, budget={"wall": 3600}, **SERIAL)
+    outbox = Outbox(home / "short")
+    monkeypatch.setattr("study.tuning.driver.time", SimpleNamespace(monotonic=lambda: 7200.0 * any(entry.epoch for entry in outbox.entries())))
     result = run(studied, home=home)
     all_agree(home, studied, trials=len(result.trials))
-    assert result.best is None and len(result.trials) >= 1
+    assert result.best is None and result.trials["epoch"].max() >= 1
     assert set(result.trials["outcome"]) == {"stopped"} and set(result.trials["reason"]) == {"budget"}
     parent, _, _ = mlflow_runs(home, "short")
     assert parent.info.status == "FAILED"
-
-
-def test_a_finished_study_is_not_run_again_but_can_be_given_more_trials(home: Path) -> None:
-    first = run(spec("more", trials=2), home=home)
-    ledger = (home / "more" / "outbox.sqlite").stat().st_mtime_ns
-    again = run(spec("more", trials=2), home=home)
-    assert again.best == first.best and (home / "more" / "outbox.sqlite").stat().st_mtime_ns == ledger
-    longer = run(spec("more", trials=4), home=home)
-    all_agree(home, spec("more", trials=4))
-    assert longer.study_id == first.study_id
-    pd.testing.assert_series_equal(longer.trials["value"][:2], first.trials["value"])
 
 
 class TestNothingStarts:
@@ -237,61 +261,76 @@ class TestNothingStarts:
         self.nothing_started(home, "lost")
 
 
-LONG = {**TRIAL, "data": {"batch_size": 16}, "schedule": {"epochs": 15, "shape": "cosine"}, "trace": {"every": 50}}
+USERS_METRIC = """
+import time
+from pathlib import Path
+from study.tuning import trainables
 
+trainables.SNAPSHOT_SECONDS = 0.0
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> dict[str, float]:
-    """What the trials of the interrupted study are worth when nothing interrupts it."""
-    home = prepared(tmp_path_factory.mktemp("undisturbed") / "home", mlflow_database)
-    return values_of(run(spec("cut", trial=LONG, trials=6), home=home).trials)
-
-
-def values_of(trials: pd.DataFrame) -> dict[str, float]:
-    return dict(sorted(trials.set_index("trial_id")["value"].to_dict().items()))
+def metric(logits, labels):
+    with (Path(__file__).parent / "epochs").open("a") as epochs:
+        epochs.write("one more\\n")
+    if (Path(__file__).parent / "slow").exists():
+        time.sleep(0.2)
+    return 0.0
+"""
+"""Counts all epochs, makes them slow while a file is there, so that there is something to interrupt, and has snapshots taken after each."""
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """`study run spec.yaml` in a folder, in a process group of its own."""
     command = [sys.executable, "-m", "study", "run", "spec.yaml", "--home", "home"]
     return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=folder, env=own_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def wait_until_ended(ledger: Path, number: int, process: subprocess.Popen[str]) -> None:
-    """Until so many trials have ended and another one is under way."""
-    outbox, deadline = Outbox(ledger), time.monotonic() + 120
-    while len(outbox.records()) < number or not any(entry.epoch for entry in outbox.running()):
+def wait_until_completed(outbox: Outbox, number: int, process: subprocess.Popen[str]) -> None:
+    """Until so many trials have completed and another one is well under way."""
+    deadline = time.monotonic() + 120
+    while completed(outbox) < number or not any(entry.epoch >= 3 for entry in outbox.running()):
         assert time.monotonic() < deadline, "the study hangs"
         try:
-            process.wait(timeout=0.2)
+            process.wait(timeout=0.05)
         except subprocess.TimeoutExpired:
             continue
         raise AssertionError(f"the study ended first: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
-def test_an_interrupted_study_goes_on_where_it_stopped(name: str, tmp_path: Path, home: Path, undisturbed: dict[str, float]) -> None:
-    """Ctrl-C, or the sudden death of the driver: every trial ends with one run and the value of an undisturbed study."""
-    studied = spec("cut", trial=LONG, trials=6)
-    (tmp_path / "spec.yaml").write_text(studied.to_yaml())
-    process = start(tmp_path)
-    wait_until_ended(home / "cut", 2, process)
-    if name == "SIGINT":
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=90)
-        assert process.returncode == 130, said
-        assert "go on with: study run spec.yaml --home home" in said
-        _, children, _ = mlflow_runs(home, "cut")
-        assert {child.info.status for child in children} == {"FINISHED", "KILLED"}
-        assert "interrupted" in {child.data.tags["study.outcome"] for child in children}
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=30)
-    assert StudyFolder(home / "cut").card().state == "interrupted"
-    resumed = start(tmp_path)
-    said, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, said
+def completed(outbox: Outbox) -> int:
+    return [record.outcome for record in outbox.records()].count("completed")
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(users_code: Path, mlflow_database: Path, undisturbed: pd.DataFrame) -> None:
+    """Ctrl-C, then the sudden death of the driver: every trial ends with one run and the value of an undisturbed study."""
+    home = prepared(users_code / "home", mlflow_database)
+    (users_code / "mine.py").write_text(USERS_METRIC)
+    (users_code / "slow").touch()
+    studied = spec("cut", trial={**LONG, "metrics": ["import:mine:metric"]}, trials=6)
+    (users_code / "spec.yaml").write_text(studied.to_yaml())
+    outbox, folder = Outbox(home / "cut"), StudyFolder(home / "cut")
+
+    process = start(users_code)
+    wait_until_completed(outbox, 2, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, said
+    assert "go on with: study run spec.yaml --home home" in said
+    _, children, _ = mlflow_runs(home, "cut")
+    assert {child.info.status for child in children} == {"FINISHED", "KILLED"}
+    assert "interrupted" in {child.data.tags["study.outcome"] for child in children}
+    assert folder.card().state == "interrupted"
+
+    process = start(users_code)
+    wait_until_completed(outbox, 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert folder.card().state == "interrupted"
+
+    (users_code / "slow").unlink()
+    result = run(studied, home=home)
     all_agree(home, studied)
-    assert values_of(pd.read_parquet(home / "cut" / "trials.parquet")) == undisturbed
+    assert values_of(result.trials) == values_of(undisturbed)
+    # Each interruption costs each of two running trials the epoch that was under way, no more.
+    assert (users_code / "epochs").read_text().count("\n") <= 6 * 12 + 4
