@@ -142,15 +142,17 @@ def validate(spec_file: SpecFile, overrides: Sets = None, as_json: Json = False)
 
 
 @app.command()
-def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", as_json: Json = False) -> None:
-    """Dry run: trials, arms, steps, and what decay does to each parameter."""
+def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", home: Home = None, as_json: Json = False) -> None:
+    """Dry run: trials, arms, steps, the engine with its measured gain, and what decay does to each parameter."""
     spec = load_spec(spec_file, overrides or ())
     libraries = [word.strip() for word in compare.split(",") if word.strip()]
     with _prints_on_stderr():
+        from study.tuning.choosing import choose
         from study.tuning.preflight import audit
 
         audited = audit(spec, None if libraries == ["all"] else libraries).document()
-    _answer(as_json, audited, views.plan_view(audited, spec.trial.optimizer))
+        planned = {**audited, "engine": choose(spec, home_path(home)).document()}
+    _answer(as_json, planned, views.plan_view(planned, spec.trial.optimizer))
 
 
 @app.command()
@@ -158,7 +160,7 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
     spec = load_spec(spec_file, overrides or ())
     out = views.console(stderr=as_json)
-    out.print(views.engine_line(spec), soft_wrap=True)
+    out.print(views.headline(spec), soft_wrap=True)
     watcher = Watcher(out, live=not as_json)
     with _prints_on_stderr(as_json):
         from study.tuning import driver

@@ -127,7 +127,7 @@ def studies_table(documents: Iterable[Document]) -> Table:
 
 
 def plan_view(document: Document, optimizer: OptimizerSpec) -> RenderableType:
-    """What `study plan` shows: the size of the study, the decay of every parameter in the base trial, warnings."""
+    """What `study plan` shows: the size of the study, its engine, the decay of every parameter in the base trial, warnings."""
     arms, forecast = document["arms"], document["forecast"]
     share = "" if len(arms) == 1 else f" over {len(arms)} arms, {document['trials'] // len(arms)} each: {'; '.join(arms)}"
     steps = f"{forecast['steps_per_trial']:,} steps per trial, {forecast['steps']:,} in all where none is stopped"
@@ -149,7 +149,7 @@ def plan_view(document: Document, optimizer: OptimizerSpec) -> RenderableType:
     gains = sum(row["role"] == "gain" for row in document["parameters"])
     counts = [Text(_difference(name, library, gains, len(document["parameters"]))) for name, library in document["compare"].items()]
     warnings = [Text(f"warning: {sentence}", style="yellow") for sentence in document["warnings"]]
-    return Group(Text(f"{document['trials']} trials{share}"), Text(steps), table, *counts, *warnings)
+    return Group(Text(f"{document['trials']} trials{share}"), Text(steps), Text(engine_line(document["engine"])), table, *counts, *warnings)
 
 
 def _treatment(name: str, library: Document) -> Text:
@@ -257,14 +257,16 @@ def summary_line(summary: Document) -> str:
     return f"{summary['name']}: {summary['trials']} trials over {arms}, sampler {summary['sampler']}, {epochs} epochs, {len(summary['axes'])} axes: {axes}"
 
 
-def engine_line(spec: StudySpec) -> str:
-    """How big a study is, which engine trains it, and why."""
-    resources, address = spec.resources, os.environ.get("RAY_ADDRESS")
-    why = "as resources.engine says" if resources.engine == "solo" else "resources.engine is auto, and no other engine is there"
-    share = f"{number(resources.gpus_per_trial)} GPU" if resources.gpus_per_trial else f"{resources.cpus_per_trial} CPU core"
-    where = f"the cluster {address}" if address else "this machine"
+def headline(spec: StudySpec) -> str:
+    """How big a study is, and where it runs."""
+    address = os.environ.get("RAY_ADDRESS")
     arms = f" over {len(spec.arms)} arms" if len(spec.arms) > 1 else ""
-    return f"{spec.name}: {spec.search.trials} trials{arms}\nengine: solo (one process per trial, {share} each, on {where}; {why})"
+    return f"{spec.name}: {spec.search.trials} trials{arms} on {f'the cluster {address}' if address else 'this machine'}"
+
+
+def engine_line(engine: Document) -> str:
+    """Which engine trains a study, and why."""
+    return f"engine: {engine['name']}, as {engine['why']}"
 
 
 def why_nothing(document: Document) -> str:

@@ -1,7 +1,7 @@
 """Conversion: a model's own computation, as torch.fx reads it, with every operation widened by a slot axis.
 
     layout      tensor                        used by
-    Maps        [batch, slots x C, H, W]      convolutions, poolings and norms of images: one grouped kernel for all slots
+    Maps        [batch, slots x C, ...]       convolutions, poolings, BatchNorm: one grouped kernel for all slots
     rows        [slots, batch, ...]           linear layers (batched matrix products), attention, everything else
 
 An operation that is not in the tables goes through torch.func.vmap by itself. Nothing here is trusted: `admission.py` compares the
@@ -26,13 +26,13 @@ from study.training.symbolic import trace_module
 
 @dataclass(slots=True)
 class Maps:
-    """Images of all slots side by side in the channels: [batch, slots x channels, height, width]."""
+    """Images or vectors of all slots side by side in the channels: [batch, slots x channels, ...]."""
 
     tensor: Tensor
     slots: int
 
     def rows(self) -> Tensor:
-        """A view as [slots, batch, channels, height, width]."""
+        """A view as [slots, batch, channels, ...]."""
         return self.tensor.unflatten(1, (self.slots, -1)).transpose(0, 1)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -129,8 +129,9 @@ OVERWRITABLE = (nn.Conv2d, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)
 """Modules whose backward pass does not need their output."""
 
 
-def _may_overwrite(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    source = node.args[0]
+def _may_overwrite(node: fx.Node, modules: Mapping[str, nn.Module], position: int = 0) -> bool:
+    """Whether an operation may write over one of its inputs: nobody else needs it, neither forward nor backward."""
+    source = node.args[position]
     if not isinstance(source, fx.Node) or len(source.users) > 1:
         return False
     if source.op == "call_module":
@@ -165,9 +166,37 @@ def _conv2d(module: nn.Conv2d, value: Any, own: Mapping[str, Tensor], site: Site
 def _linear(module: nn.Linear, value: Any, own: Mapping[str, Tensor], site: Site) -> Tensor:
     rows: Tensor = as_rows(value)
     flat = rows.flatten(1, -2) if rows.ndim > 3 else rows
-    weight = _grouped_weight(module, own).transpose(1, 2)
-    out = torch.baddbmm(own["bias"].unsqueeze(1), flat, weight) if "bias" in own else torch.bmm(flat, weight)
+    weight, bias = _grouped_weight(module, own), own.get("bias")
+    if torch.is_autocast_enabled(flat.device.type):
+        across = weight.transpose(1, 2)
+        out = torch.bmm(flat, across) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, across)
+    else:
+        out = _BatchedLinear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return out.unflatten(1, rows.shape[1:-1]) if rows.ndim > 3 else out  # type: ignore[no-untyped-call]
+
+
+class _BatchedLinear(torch.autograd.Function):
+    """F.linear of every slot: inputs [slots, n, in], weights [slots, out, in], biases [slots, out] or None.
+
+    torch's own derivative of a transposed factor lies transposed in memory, which makes every later step of the optimizer slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weights: Tensor, biases: Tensor | None) -> Tensor:
+        """[slots, n, out]."""
+        ctx.save_for_backward(inputs, weights)
+        ctx.has_bias = biases is not None
+        across = weights.transpose(1, 2)
+        return torch.bmm(inputs, across) if biases is None else torch.baddbmm(biases.unsqueeze(1), inputs, across)
+
+    @staticmethod
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Derivatives by inputs, weights and biases."""
+        inputs, weights = ctx.saved_tensors
+        needs_inputs, needs_weights, _ = ctx.needs_input_grad
+        by_inputs = torch.bmm(gradients, weights) if needs_inputs else None
+        by_weights = torch.bmm(gradients.transpose(1, 2), inputs) if needs_weights else None
+        return by_inputs, by_weights, gradients.sum(1) if ctx.has_bias else None
 
 
 def _batch_norm(module: _NormBase, value: Any, own: dict[str, Tensor], site: Site) -> Any:
@@ -183,7 +212,7 @@ def _batch_norm(module: _NormBase, value: Any, own: dict[str, Tensor], site: Sit
     out = F.batch_norm(joined, mean, variance, gain, shift, estimates or not reads, 1.0, module.eps)
     if estimates and "num_batches_tracked" in own:
         own["num_batches_tracked"].fill_(1)
-    return Maps(out, slots) if isinstance(value, Maps) else out.unflatten(1, (slots, -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
+    return Maps(out, slots)
 
 
 def _group_norm(module: nn.GroupNorm, value: Any, own: Mapping[str, Tensor], site: Site) -> Any:
@@ -207,7 +236,9 @@ def _beside(values: Tensor, ndim: int) -> Tensor:
 
 
 def _relu(module: nn.Module, value: Any, own: Mapping[str, Tensor], site: Site) -> Any:
-    return _on_either(F.relu_ if site.may_overwrite else F.relu, value)
+    # Writing over a view would make autograd copy it.
+    overwrites = site.may_overwrite and (value.tensor if isinstance(value, Maps) else value)._base is None
+    return _on_either(F.relu_ if overwrites else F.relu, value)
 
 
 def _pointwise(module: nn.Module, value: Any, own: Mapping[str, Tensor], site: Site) -> Any:
@@ -271,6 +302,7 @@ MODULES: dict[type, Callable[..., Any]] = {
 ADDS = frozenset({operator.add, torch.add, operator.iadd})
 ARITHMETIC = ADDS | frozenset({operator.sub, operator.mul, operator.truediv, torch.sub, torch.mul, torch.div})
 POINTWISE = frozenset({F.relu, torch.relu, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.leaky_relu, F.elu, torch.exp, torch.rsqrt, torch.sqrt})
+RELUS = frozenset({F.relu, torch.relu})
 POOLINGS = frozenset({F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d})
 QUESTIONS = frozenset({"size", "dim", "ndimension", "numel", "is_floating_point"})
 """Methods that ask for a tensor's shape or type, and not for its values."""
@@ -288,6 +320,8 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], run: Pass, modules: Mappi
         return getattr(as_rows(first)[0], args[1])
     if target in ARITHMETIC and not kwargs:
         return _combined(node, args[0], args[1], modules)
+    if target in RELUS and _may_overwrite(node, modules):
+        return _on_either(F.relu_, first)
     if target in POINTWISE:
         return _on_either(target, first, *args[1:], **kwargs)
     if target in POOLINGS and as_rows(first).ndim == 5:
@@ -322,8 +356,10 @@ def _combined(node: fx.Node, left: Any, right: Any, modules: Mapping[str, nn.Mod
     if all(isinstance(value, Maps | int | float) for value in both):
         slots = next(value.slots for value in both if isinstance(value, Maps))
         tensors = [value.tensor if isinstance(value, Maps) else value for value in both]
-        if node.target in ADDS and _may_overwrite(node, modules) and isinstance(tensors[0], Tensor):
-            return Maps(tensors[0].add_(tensors[1]), slots)
+        if node.target in ADDS:
+            for position, tensor in enumerate(tensors):
+                if isinstance(tensor, Tensor) and _may_overwrite(node, modules, position):
+                    return Maps(tensor.add_(tensors[1 - position]), slots)
         return Maps(function(*tensors), slots)
     rows = [as_rows(value) for value in both]
     axes = max(value.ndim for value in rows if isinstance(value, Tensor))

@@ -29,6 +29,9 @@ from study.training.roles import ParameterRole, Role
 from study.training.updates import norms, scheduled_norm
 from study.trial import OptimizerSpec
 
+EVALUATION_ROWS = 4
+"""Rows that are evaluated at once; never one alone, where there are two."""
+
 EVALUATION_IMAGES = 256
 """Images of each row that go through the model at once when it is evaluated."""
 
@@ -298,8 +301,13 @@ class Interval:
                 values[row] |= member.course.probed(self.bank.shell.eval())
 
     def _run(self, mode: Mode, images: Tensor) -> Tensor:
-        with self._autocast():
-            return self.bank.arithmetic(images, Pass(self.values, mode))
+        """Logits of every row, a few rows at a time: batches are larger than in training, and all rows at once would spill the caches."""
+        logits = []
+        for rows in torch.arange(self.rows).tensor_split(-(-self.rows // EVALUATION_ROWS)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            with self._autocast():
+                logits.append(self.bank.arithmetic(images[part], Pass({name: value[part] for name, value in self.values.items()}, mode)))
+        return torch.cat(logits)
 
     def _logits(self, count: int) -> Tensor:
         parts = []

@@ -84,8 +84,6 @@ def step(
 ) -> dict[int, Tensor]:
     """Moves the weights of all slots, in place.
 
-    Products and sums are rounded one by one, never fused: the bits of one slot would else depend on where its row lies.
-
     Args:
         decays: By the parameter's index; parameters that no slot decays are left out.
         vectors: `lr`, the rule's own (`momentum`; `beta1 beta2 eps correction1 correction2`), `factor` where any slot's decay varies over
@@ -99,11 +97,15 @@ def step(
     updates = RULES[how.rule](how, moved, moments, vectors)
     if how.form == "decoupled":
         updates = _with_decay(updates, weights, decays, vectors)
-    steps = list(torch._foreach_mul(updates, vectors.beside("lr", updates)))
+    rates = vectors.beside("lr", updates)
+    taken = {index: updates[index] * rates[index] for index in how.held | set(watched)}
     for index in how.held:
-        steps[index] = weights[index] - _constrained(how, index, weights[index], updates[index], steps[index], moments, vectors)
-    seen = {index: dots(weights[index], steps[index], gradients[index]) for index in watched}
-    torch._foreach_sub_(weights, steps)
+        taken[index] = weights[index] - _constrained(how, index, weights[index], updates[index], taken[index], moments, vectors)
+    seen = {index: dots(weights[index], taken[index], gradients[index]) for index in watched}
+    free = [index for index in range(len(weights)) if index not in how.held]
+    torch._foreach_addcmul_([weights[index] for index in free], [updates[index] for index in free], [rates[index] for index in free], value=-1)
+    for index in how.held:
+        weights[index].sub_(taken[index])
     return seen
 
 
@@ -137,8 +139,7 @@ def _with_decay(targets: list[Tensor], weights: list[Tensor], decays: Mapping[in
     rates = [decay.rates for decay in decays.values()]
     if "factor" in vectors:
         rates = list(torch._foreach_mul(rates, vectors.beside("factor", rates)))
-    totals = torch._foreach_mul(pulls, rates)
-    torch._foreach_add_(totals, [targets[index] for index in decays])
+    totals = torch._foreach_addcmul([targets[index] for index in decays], pulls, rates)
     found = list(targets)
     for index, total in zip(decays, totals, strict=True):
         found[index] = total

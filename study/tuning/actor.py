@@ -7,7 +7,7 @@
 A tick trains one epoch of every trial that asks for it. An actor waits a little for trials that have not asked yet, so that decisions
 fall for all slots together and freed slots are filled again before the next tick; whoever comes later skips one tick.
 
-Snapshots of all trials are written between ticks. When an actor dies its trials ask the pool for another, which goes on from there.
+Snapshots of the trials are written before ticks. When an actor dies its trials ask the pool for another, which goes on from there.
 """
 
 import asyncio
@@ -78,6 +78,7 @@ class EngineActor:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._asked: dict[str, _Asked] = {}
         self._leaving: set[str] = set()
+        self._last: dict[str, Progress] = {}
         self._expected = 0
         self._news = asyncio.Event()
         self._pace = _Pace()
@@ -119,13 +120,16 @@ class EngineActor:
             await self._gathered()
             asked, leaving = dict(self._asked), set(self._leaving)
             self._leaving -= leaving
-            found = await loop.run_in_executor(self._thread, self._tick, asked, leaving)
+            try:
+                found = await loop.run_in_executor(self._thread, self._tick, asked, leaving)
+            except Exception as error:  # the engine's start or the disk: nobody may wait for an answer that never comes
+                found = {trial_id: _failed(trial_id, error) for trial_id in asked}
+                self._leaving.update(asked)
             for trial_id, progress in found.items():
                 waiting = self._asked.get(trial_id)
-                if waiting is not None and waiting is asked[trial_id] and not waiting.answer.done():
+                if waiting is not None and not waiting.answer.done() and _is_news(progress, waiting):
                     del self._asked[trial_id]
                     waiting.answer.set_result(progress)
-            await loop.run_in_executor(self._thread, self._save)
 
     async def _gathered(self) -> None:
         """Waits until as many trials have asked as before the last tick, or for as long as it pays: the place of a trial that ended is
@@ -150,30 +154,51 @@ class EngineActor:
 
     def _tick(self, asked: dict[str, _Asked], leaving: set[str]) -> "dict[str, Progress]":
         """Trains one epoch of the trials that ask; what is news to them, by trial."""
-        start = time.monotonic()
-        found: dict[str, Progress] = {}
         for trial_id in leaving:
-            if trial_id in self._engine:
-                self._engine.release(trial_id)
+            self._forget(trial_id)
+        self._save(asked)
+        start = time.monotonic()
+        found = self._admitted(asked)
+        # Asked for again by a new proxy, whose predecessor died before it could tell.
+        found |= {trial_id: last for trial_id, last in self._last.items() if trial_id in asked and _is_news(last, asked[trial_id])}
+        present = [trial_id for trial_id in asked if trial_id in self._engine and trial_id not in found]
+        for progress in self._advanced(present, asked):
+            settled = self._settled(progress)
+            if _is_news(settled, asked[settled.trial_id]):
+                found[settled.trial_id] = settled
+        self._ticks, self._trained = self._ticks + 1, self._trained + len(present)
+        self._pace.tick = time.monotonic() - start
+        return found
+
+    def _admitted(self, asked: dict[str, _Asked]) -> "dict[str, Progress]":
+        """Takes in those who are new, as long as slots are free: the others wait for the next tick. Those that cannot be are returned."""
+        found = {}
         for trial_id, one in asked.items():
-            # Without a free slot it waits for the next tick.
             if trial_id not in self._engine and len(self._engine) < self._engine.capacity:
                 try:
                     self._admit(trial_id, one)
                 except Exception as error:  # whatever the user's code raises fails this trial alone
                     found[trial_id] = _failed(trial_id, error)
-        present = [trial_id for trial_id in asked if trial_id in self._engine]
-        try:
-            progress = self._engine.advance(present)
-        except Exception as error:  # the trials' joint step: all of them fail by it
-            progress = [_failed(trial_id, error) for trial_id in present]
-        for one_progress in progress:
-            self._settle(one_progress)
-            if one_progress.measurement.epoch > asked[one_progress.trial_id].epoch or one_progress.ending:
-                found[one_progress.trial_id] = one_progress
-        self._ticks, self._trained = self._ticks + 1, self._trained + len(present)
-        self._pace.tick = time.monotonic() - start
         return found
+
+    def _advanced(self, present: list[str], asked: dict[str, _Asked]) -> "list[Progress]":
+        """One epoch of trials together; where that raises, of each by itself, so that only those fail whose own code it was."""
+        try:
+            return self._engine.advance(present)
+        except Exception:
+            return [self._alone(trial_id, asked[trial_id]) for trial_id in present]
+
+    def _alone(self, trial_id: str, asked: _Asked) -> "Progress":
+        """A trial's next epoch, again from its latest snapshot or its beginning: the joint step left nothing to go on with."""
+        self._forget(trial_id)
+        try:
+            self._admit(trial_id, asked)
+            while True:
+                (progress,) = self._engine.advance([trial_id])
+                if _is_news(progress, asked):
+                    return progress
+        except Exception as error:
+            return _failed(trial_id, error)
 
     def _admit(self, trial_id: str, asked: _Asked) -> None:
         from study.engines.engine import Snapshot
@@ -182,23 +207,42 @@ class EngineActor:
         snapshot = Snapshot.load(path) if path.exists() else None
         self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot)
 
-    def _settle(self, progress: "Progress") -> None:
+    def _settled(self, progress: "Progress") -> "Progress":
         """Keeps the weights of a trial that completed, and frees the slot of one that ended."""
+        trial_id = progress.trial_id
         if progress.ending is None:
-            return
-        if progress.ending.outcome is Outcome.COMPLETED:
-            keep_weights(self._folder, progress.trial_id, self._keep, self._engine.weights)
-        self._engine.release(progress.trial_id)
+            self._last[trial_id] = progress
+            return progress
+        try:
+            if progress.ending.outcome is Outcome.COMPLETED:
+                keep_weights(self._folder, trial_id, self._keep, self._engine.weights)
+        except Exception as error:  # a full disk
+            progress = _failed(trial_id, error)
+        self._forget(trial_id)
+        return progress
 
-    def _save(self) -> None:
-        """Writes a snapshot of every trial, unless that would take more than its share of the time."""
+    def _forget(self, trial_id: str) -> None:
+        self._last.pop(trial_id, None)
+        if trial_id in self._engine:
+            self._engine.release(trial_id)
+
+    def _save(self, asked: dict[str, _Asked]) -> None:
+        """Writes a snapshot of every trial that goes on, unless that would take more than its share of the time.
+
+        Who asks for the next epoch has told of the last one: no trial is ever started again beyond what the study knows.
+        """
         if not self._pace.is_time_to_save():
             return
         start = time.monotonic()
-        for trial_id in [trial for trial in self._engine.trials() if trial not in self._leaving]:
-            self._engine.snapshot(trial_id).save(snapshot_path(self._folder, trial_id))
+        for trial_id, one in asked.items():
+            if trial_id in self._engine and (snapshot := self._engine.snapshot(trial_id)).epoch == one.epoch:
+                snapshot.save(snapshot_path(self._folder, trial_id))
         self._pace.saved = time.monotonic()
         self._pace.snapshot = self._pace.saved - start
+
+
+def _is_news(progress: "Progress", asked: _Asked) -> bool:
+    return progress.ending is not None or progress.measurement.epoch > asked.epoch
 
 
 def _engine(slots: int, device: str, arithmetic: str) -> "FusedEngine":

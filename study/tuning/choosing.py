@@ -6,17 +6,21 @@ spec ─┬─ asks for solo, or its trials differ in structure ─────�
 
 import hashlib
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from study.engines.admission import Admission, examine, solo_seconds
-from study.engines.bank import fusion_key
+from study.engines.bank import OWN, fusion_key
 from study.errors import InputError
+from study.space import Axis, Scalar
 from study.spec import StudySpec
+from study.trial import TrialSpec
 
 START_SECONDS = 2.0
 """CPU seconds that one process of Ray Tune takes to start."""
@@ -59,30 +63,41 @@ def choose(spec: StudySpec, home: Path) -> Choice:
     wanted = spec.resources.engine
     if wanted == "solo":
         return _solo("the spec says so")
-    reason = _why_not(spec)
-    if not reason and wanted == "auto":
-        reason = _too_short(spec)
-    if not reason:
-        slots = _slots(spec)
-        found = _examined(spec, slots, home)
-        reason = f"its model cannot be fused: {found.why}" if found.why else ""
-        if not reason and (wanted == "fused" or _pays(spec, slots, found.gain)):
-            return Choice("fused", slots, found.arithmetic, found.gain, f"{slots} trials in one step train {found.gain:.1f} times as fast per core")
-        reason = reason or f"trials in one step would train {found.gain:.1f} times as fast per core, which starting them would eat up"
-    if wanted == "fused":
-        raise InputError(f"these trials cannot be fused: {reason}", where="resources.engine", remedy="use auto or solo")
-    return _solo(reason)
+    choice = _tried(spec, home, wanted == "fused")
+    if wanted == "fused" and choice.engine != wanted:
+        raise InputError(f"these trials cannot be fused: {choice.why}", where="resources.engine", remedy="use auto or solo")
+    return choice
 
 
-def _too_short(spec: StudySpec) -> str:
-    """Why no gain could pay for the processes of fused trials; empty where one could."""
-    return "" if _pays(spec, _slots(spec), float("inf")) else "the study is so short that starting more processes would take longer"
+def _tried(spec: StudySpec, home: Path, asked_for: bool) -> Choice:
+    """The fused engine where the trials can be fused and it pays, or is asked for; else the solo engine."""
+    if reason := _why_not(spec):
+        return _solo(reason)
+    slots = _slots(spec)
+    try:
+        work = 0.0 if asked_for else _work(spec)
+    except InputError:
+        raise
+    except Exception as error:  # of the user's code, which will raise it in the trials again, where its traceback is kept
+        return _solo(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
+    if not asked_for and not _pays(work, slots, float("inf")):
+        return _solo("the study is so short that starting more processes would take longer")
+    found = _examined(spec, slots, home)
+    if found.why:
+        return _solo(f"its model cannot be fused: {found.why}")
+    if asked_for or _pays(work, slots, found.gain):
+        return Choice("fused", slots, found.arithmetic, found.gain, f"{slots} trials in one step train {found.gain:.1f} times as fast per core")
+    why = f"{slots} trials in one step would train {found.gain:.1f} times as fast per core, which does not make up for their start"
+    return Choice("solo", 1, "", found.gain, why)
 
 
-def _pays(spec: StudySpec, slots: int, gain: float) -> bool:
-    """Whether fused trials are expected to end enough earlier than solo ones, all processes' starts counted."""
+def _pays(work: float, slots: int, gain: float) -> bool:
+    """Whether fused trials are expected to end enough earlier than solo ones, all processes' starts counted.
+
+    Args:
+        work: CPU seconds that all epochs take on solo engines.
+    """
     cores = _cores()
-    work = _work(spec)
     solo = work + 2 * START_SECONDS * cores
     fused = work / gain + START_SECONDS * cores * (2 + slots)
     return solo >= LEAST_GAIN * fused
@@ -91,7 +106,22 @@ def _pays(spec: StudySpec, slots: int, gain: float) -> bool:
 def _work(spec: StudySpec) -> float:
     """CPU seconds that the study's epochs are expected to take on solo engines."""
     share = 1.0 if spec.stopping.scheduler == "none" else STOPPED_SHARE
-    return spec.search.trials * spec.trial.schedule.epochs * share * solo_seconds(spec.trial)
+    return spec.search.trials * spec.trial.schedule.epochs * share * solo_seconds(_typical(spec))
+
+
+def _typical(spec: StudySpec) -> TrialSpec:
+    """A trial from the middle of the space: what the axes replace in the base trial may be nothing to train with."""
+    try:
+        return spec.trial_for({path: _middle(axis) for path, axis in spec.space.items() if not axis.when and path != "schedule.epochs"})
+    except InputError:  # middles that do not go together
+        return spec.trial
+
+
+def _middle(axis: Axis) -> Scalar:
+    low, *_, high = axis.endpoints() if axis.choices is None else (axis.choices[0],) * 2
+    if not axis.log or not isinstance(low, float) or not isinstance(high, float):
+        return low
+    return math.sqrt(low * high)
 
 
 def _cores() -> int:
@@ -110,12 +140,18 @@ def _why_not(spec: StudySpec) -> str:
     for path, axis in spec.space.items():
         for value in axis.endpoints():
             try:
-                varied = spec.trial_for({path: value})
-            except InputError:  # a value that is only legal together with others says nothing about structure
-                continue
-            if fusion_key(varied) != base:
+                differs = fusion_key(spec.trial_for({path: value})) != base
+            except InputError:  # a value that is only legal together with others
+                differs = not _may_differ(path)
+            if differs:
                 return f"trials that differ in {path} cannot share a step"
     return ""
+
+
+def _may_differ(path: str) -> bool:
+    section, _, name = path.partition(".") if "." in path else ("", "", path)
+    names = OWN.get(section, ())
+    return names is None or name in names
 
 
 def _slots(spec: StudySpec) -> int:
@@ -126,12 +162,18 @@ def _slots(spec: StudySpec) -> int:
 
 
 def _examined(spec: StudySpec, slots: int, home: Path) -> Admission:
-    """The admission of the study's trials, from the home if this machine found it before."""
-    about = [fusion_key(spec.trial), slots, torch.__version__, platform.machine(), os.cpu_count()]
+    """The admission of the study's trials, from the home if this machine found it before; the user's own code is examined every time."""
+    trial = _typical(spec)
+    key = fusion_key(trial)
+    if "import:" in key:
+        return examine(trial, slots)
+    about = [key, slots, version("effective-lr-study"), torch.__version__, platform.machine(), os.cpu_count()]
     path = home / ".engines" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.json"
-    if path.exists() and "import:" not in fusion_key(spec.trial):
+    if path.exists():
         return Admission(**json.loads(path.read_text()))
-    found = examine(spec.trial, slots)
+    found = examine(trial, slots)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(found)))
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(asdict(found)))
+    draft.replace(path)
     return found
