@@ -1,10 +1,10 @@
 """The command line: every command reads a spec or a study, asks one function of this package, and prints its answer.
 
 study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
-study plan SPEC ─> decay audit       study status, best, export NAME, trace TRIAL ─> what was found
+study plan SPEC ─> decay audit       study status, best, verify, export NAME, trace TRIAL ─> what was found
 
 answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
-exit codes: 0 fine, 1 no usable result, 2 wrong input, 130 interrupted
+exit codes: 0 fine, 1 no usable result (or a claim refuted, where `verify` is strict), 2 wrong input, 130 interrupted
 """
 
 import json
@@ -25,6 +25,7 @@ except ModuleNotFoundError:
     sys.exit("study: the command line is not installed; pip install 'effective-lr-study[service]'")
 
 from study import errors, views
+from study.claimspec import ClaimSpec
 from study.display import Watcher
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.results.best import BestConfig, document
@@ -171,6 +172,8 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     if not watcher.watched:
         out.print("this study had already finished: nothing was run")
     out.print(views.arms_table(found))
+    if spec.claims and (verdicts := json.loads(folder.claims.read_text("utf-8")))["claims"]:
+        out.print(views.claims_view(verdicts))
     if result.best is None:
         raise errors.NoResult(views.why_nothing(found), where=spec.name, remedy=views.what_then(found, folder))
     config = document(result.best)
@@ -203,6 +206,39 @@ def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_jso
     varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
     use = views.how_to_use(str(folder.best)) if folder.best.exists() else views.how_to_use(name, home=home, tracking_uri=tracking_uri)
     _answer(as_json, document(config), views.best_view(document(config), varied), use)
+
+
+@app.command()
+def verify(
+    name: Name,
+    strict: Annotated[bool, typer.Option("--strict", help="End with exit code 1 where a claim is refuted.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Test the claims of a study on its trials: expected, measured, 95% interval, verdict.
+
+    confirmed: the interval lies inside what was expected; refuted: outside.
+    inconclusive: it reaches across, or there are fewer than five seeds.
+    """
+    folder = StudyFolder.find(home_path(home), name)
+    claims = folder.load_spec().claims
+    if claims and not folder.table.exists():
+        raise errors.NotFound("this study has no table of trials yet", where=str(folder.path), remedy="finish it with `study run`")
+    found = _verdicts(claims, folder.table)
+    _answer(as_json, found, views.claims_view(found))
+    raise typer.Exit(int(strict and any(claim["verdict"] == "refuted" for claim in found["claims"])))
+
+
+def _verdicts(claims: Sequence[ClaimSpec], table: Path) -> dict[str, Any]:
+    """The document of the verdicts; without claims nothing needs to be read."""
+    if not claims:
+        return {"claims": [], "tested": 0}
+    import pandas as pd
+
+    from study.results.claims import verdicts_document
+    from study.results.claims import verify as verdicts_on
+
+    return verdicts_document(verdicts_on(claims, pd.read_parquet(table)))
 
 
 @app.command("export")

@@ -50,12 +50,36 @@ def canonical(space: Mapping[str, Axis]) -> dict[str, Axis]:
     return {
         path: axis.model_copy(
             update={
-                "choices": None if axis.choices is None else tuple(_stored(path, value) for value in axis.choices),
-                "when": {parent: _stored(parent, value) for parent, value in axis.when.items()},
+                "choices": None if axis.choices is None else tuple(stored(path, value) for value in axis.choices),
+                "when": {parent: stored(parent, value) for parent, value in axis.when.items()},
             }
         )
         for path, axis in space.items()
     }
+
+
+def stored(path: str, value: Scalar) -> Scalar:
+    """A value as the field of this path stores it; as it stands where there is no such field, or the field does not take it."""
+    annotation = field_type(path)
+    if annotation is None or annotation is Any or hasattr(annotation, "model_fields"):
+        return value
+    try:
+        kept = TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return value
+    return kept if isinstance(kept, bool | int | float | str | None) else value
+
+
+def refusal(path: str, value: Scalar) -> tuple[str, str] | None:
+    """Why a field does not take a value, and what to do; None where it does, or where there is no such field."""
+    annotation = field_type(path)
+    if annotation is None or annotation is Any or hasattr(annotation, "model_fields"):
+        return None
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        return in_words(error.errors()[0])
+    return None
 
 
 def space_problems(space: Mapping[str, Axis], whole: bool = True) -> Iterator[Problem]:
@@ -78,17 +102,6 @@ def space_problems(space: Mapping[str, Axis], whole: bool = True) -> Iterator[Pr
                 yield Problem("condition", f"{parent} never takes this value (got {shown(value)})", where, f"use one of {choices}")
 
 
-def _stored(path: str, value: Scalar) -> Scalar:
-    annotation = field_type(path)
-    if annotation is None or annotation is Any or hasattr(annotation, "model_fields"):
-        return value
-    try:
-        stored = TypeAdapter(annotation).validate_python(value)
-    except ValidationError:
-        return value
-    return stored if isinstance(stored, bool | int | float | str | None) else value
-
-
 def _accepts_only_whole_numbers(annotation: Any) -> bool:
     if get_origin(annotation) is Annotated:
         return _accepts_only_whole_numbers(get_args(annotation)[0])
@@ -99,7 +112,7 @@ def _accepts_only_whole_numbers(annotation: Any) -> bool:
 def _axis_problems(path: str, axis: Axis) -> Iterator[Problem]:
     annotation, where = field_type(path), f"space/{path}"
     if annotation is None:
-        near = get_close_matches(path, _fields(), n=1)
+        near = get_close_matches(path, all_fields(), n=1)
         yield Problem(
             "no-such-field", f"a trial has no such field (got {path!r})", where, f"did you mean {near[0]!r}?" if near else "see `study schema`"
         )
@@ -115,20 +128,16 @@ def _axis_problems(path: str, axis: Axis) -> Iterator[Problem]:
         return
     if axis.step is not None and _accepts_only_whole_numbers(annotation) and axis.step != int(axis.step):
         yield Problem("step", f"{path} takes whole numbers only (got step {axis.step})", where, "use a whole step")
-    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     for value in axis.endpoints():
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            message, remedy = in_words(error.errors()[0])
-            yield Problem("choice", message, where, remedy or f"use values that {path} takes")
+        if (said := refusal(path, value)) is not None:
+            yield Problem("choice", said[0], where, said[1] or f"use values that {path} takes")
 
 
 @cache
-def _fields(model: type[BaseModel] = TrialSpec, prefix: str = "") -> tuple[str, ...]:
+def all_fields(model: type[BaseModel] = TrialSpec, prefix: str = "") -> tuple[str, ...]:
     """Every field that an axis could name, by dotted path."""
     found: list[str] = []
     for name, info in model.model_fields.items():
         section: Any = info.annotation
-        found += _fields(section, f"{prefix}{name}.") if hasattr(section, "model_fields") else [f"{prefix}{name}"]
+        found += all_fields(section, f"{prefix}{name}.") if hasattr(section, "model_fields") else [f"{prefix}{name}"]
     return tuple(found)

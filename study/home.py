@@ -9,6 +9,7 @@ studies/
     ├── outbox.sqlite           the ledger: what was measured, and what MLflow has heard of it
     ├── trials/                 snapshots of running trials, traces and weights of ended ones
     ├── trials.parquet          the table of trials
+    ├── claims.json             the verdicts of its claims
     └── best.yaml               the best config
 """
 
@@ -60,7 +61,8 @@ class StudyFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.spec, self.journal, self.best, self.table = (path / name for name in ("spec.yaml", "journal.log", "best.yaml", "trials.parquet"))
+        names = ("spec.yaml", "journal.log", "best.yaml", "trials.parquet", "claims.json")
+        self.spec, self.journal, self.best, self.table, self.claims = (path / name for name in names)
 
     @classmethod
     def find(cls, home: Path, name: str) -> "StudyFolder":

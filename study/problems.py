@@ -90,7 +90,7 @@ def _known_keys(details: ErrorDetails, tree: object) -> list[str]:
     """The error's location without the steps that pydantic adds for unions and validators."""
     keys: list[str] = []
     for part in details["loc"]:
-        if (isinstance(tree, Mapping) and part in tree) or (isinstance(tree, list | tuple) and isinstance(part, int)):
+        if (isinstance(tree, Mapping) and part in tree) or (isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree)):
             tree = tree[part]  # type: ignore[index]
         elif details["type"] != "missing" or not isinstance(tree, Mapping):
             break
@@ -104,6 +104,8 @@ def _problem(details: ErrorDetails, keys: Sequence[str], model: type[BaseModel])
         near = get_close_matches(keys[-1], _siblings(keys[:-1], model), n=1, cutoff=0.6)
         remedy = f"did you mean {near[0]!r}?" if near else "remove it; `study schema` lists the keys"
         return Problem("unknown-key", f"unknown key (got {shown(keys[-1])})", where, remedy)
+    if details["type"] == "missing" and isinstance(details["loc"][-1], int):
+        return Problem("missing", f"has too few values (got {shown(details['input'])})", where, "give all of them")
     if details["type"] == "missing":
         return Problem("missing", "is required", where, "add it")
     message, remedy = in_words(details)
@@ -127,9 +129,11 @@ def _siblings(keys: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The fields beside an unknown key, to suggest one."""
     model: Any = root
     for key in keys:
-        if get_origin(model) is dict:
-            model = get_args(model)[1]
+        members = [member for member in get_args(model) if member not in (type(None), ...)]
+        if get_origin(model) in (dict, tuple):
+            model = members[-1]
         else:
+            model = members[0] if members else model
             model = getattr(getattr(model, "model_fields", {}).get(key), "annotation", None)
     return list(getattr(model, "model_fields", {}))
 

@@ -36,6 +36,12 @@ def _number(value: object) -> object:
 
 
 Number: TypeAlias = Annotated[int | float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Real: TypeAlias = Annotated[float, BeforeValidator(not_a_boolean), Field(allow_inf_nan=False)]
+Fraction: TypeAlias = Annotated[Real, Field(ge=0, lt=1)]
+Positive: TypeAlias = Annotated[Real, Field(gt=0)]
+NonNegative: TypeAlias = Annotated[Real, Field(ge=0)]
+Count: TypeAlias = Annotated[int, BeforeValidator(not_a_boolean), Field(gt=0)]
+Seed: TypeAlias = Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0, lt=2**32)]
 
 
 class Axis(Frozen):

@@ -11,14 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, JsonValue, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
+from study.claimspec import ClaimSpec, canonical_claim, claim_problems
 from study.document import overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
 from study.problems import Lines, Model, validated
-from study.space import Assignment, Axis, Frozen, arms, not_a_boolean, word
-from study.trial import Count, NonNegative, Seed, TrialSpec
+from study.space import Assignment, Axis, Count, Frozen, NonNegative, Seed, arms, not_a_boolean, word
+from study.trial import TrialSpec
 
 MAX_COMBINATIONS = 1_000
 """How many trials are tried out when a space is checked."""
@@ -154,15 +155,13 @@ class StudySpec(Frozen):
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep: KeepSpec = Field(default_factory=KeepSpec)
-    claims: tuple[JsonValue, ...] = ()
-    """Falsifiable statements about the table of trials; none can be tested yet."""
+    claims: tuple[ClaimSpec, ...] = ()
+    """Falsifiable statements about the table of trials, tested when the study ends and by `study verify`; they may be changed at any time."""
 
     @field_validator("claims")
     @classmethod
-    def _no_claims_yet(cls, claims: tuple[JsonValue, ...]) -> tuple[JsonValue, ...]:
-        if claims:
-            raise ValueError(f"this version tests no claims (got {len(claims)}); remove them")
-        return claims
+    def _canonical_claims(cls, claims: tuple[ClaimSpec, ...]) -> tuple[ClaimSpec, ...]:
+        return tuple(map(canonical_claim, claims))
 
     @field_validator("space")
     @classmethod
@@ -172,6 +171,7 @@ class StudySpec(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = [*space_problems(self.space), *_study_problems(self.space, self.trial, self.search, self.objective, self.stopping)]
+        problems += claim_problems(dict(enumerate(self.claims)), self.space, self.trial, self.objective.metric)
         problems = problems or [*_combination_problems(self)]
         if problems:
             raise SpecError(problems)
@@ -255,20 +255,29 @@ def _problems_of_valid_parts(tree: Mapping[str, Any]) -> list[Problem]:
         except ValidationError:
             return None
 
-    given = tree.get("space")
-    space = given if isinstance(given, Mapping) else {}
-    axes: dict[str, Axis] = {}
-    for path, axis in space.items():
+    space, claims = tree.get("space"), tree.get("claims")
+    space = space if isinstance(space, Mapping) else {}
+    axes = canonical({str(path): axis for path, axis in _valid(Axis, space).items()})
+    whole = len(axes) == len(space)
+    trial, objective = part(TrialSpec, "trial"), part(ObjectiveSpec, "objective")
+    search = part(SearchSpec, "search") if axes and whole else None
+    known = _valid(ClaimSpec, dict(enumerate(claims)) if whole and isinstance(claims, list | tuple) else {})
+    return [
+        *space_problems(axes, whole),
+        *_study_problems(axes, trial, search, objective, part(StoppingSpec, "stopping")),
+        *claim_problems({place: canonical_claim(claim) for place, claim in known.items()}, axes, trial, objective.metric if objective else None),
+    ]
+
+
+def _valid(model: type[Model], values: Mapping[Any, object]) -> dict[Any, Model]:
+    """Those of the values that make a model."""
+    found = {}
+    for key, value in values.items():
         try:
-            axes[str(path)] = Axis.model_validate(axis)
+            found[key] = model.model_validate(value)
         except ValidationError:
             continue
-    axes = canonical(axes)
-    search = part(SearchSpec, "search") if axes and len(axes) == len(space) else None
-    return [
-        *space_problems(axes, whole=len(axes) == len(space)),
-        *_study_problems(axes, part(TrialSpec, "trial"), search, part(ObjectiveSpec, "objective"), part(StoppingSpec, "stopping")),
-    ]
+    return found
 
 
 def _study_problems(

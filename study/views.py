@@ -1,7 +1,7 @@
 """Views: how answers look in a terminal. Everything shown comes from the documents that `--json` prints.
 
 status ─> study_view, studies_table    plan ─> plan_view    best ─> best_view
-doctor ─> checks_view                  trace ─> trace_view
+doctor ─> checks_view                  trace ─> trace_view            verify ─> claims_view
 """
 
 import math
@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from study.home import StudyFolder
+from study.optimizer import OptimizerSpec
 from study.results.layers import LEVEL, verdict
 from study.spec import StudySpec
 from study.tracking.names import masked
-from study.trial import OptimizerSpec
 
 Document = Mapping[str, Any]
 
@@ -46,6 +46,7 @@ NARROW = 120
 
 STYLES = {"completed": "green", "stopped": "yellow", "diverged": "magenta", "failed": "red", "interrupted": "yellow", "running": "cyan"}
 STATE_STYLES = {"equilibrium": "green", "off": "yellow", "dying": "red"}
+VERDICT_STYLES = {"confirmed": "green", "refuted": "red", "inconclusive": "yellow"}
 MARKS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -184,6 +185,33 @@ def checks_view(checks: Sequence[Document]) -> Text:
         remedy = f"; {check['remedy']}" if check["remedy"] else ""
         lines.append(Text.assemble((f"{check['state']:4}", MARKS[check["state"]]), f"  {check['name']:{width}}  {check['message']}{remedy}"))
     return Text("\n").join(lines)
+
+
+def claims_view(document: Document) -> RenderableType:
+    """What `study verify` shows: each claim with what was expected and measured, and how many were tested."""
+    if not document["claims"]:
+        return Text("this study makes no claims; write some under `claims` of its spec, and `study run` tests them on the trials that it has")
+    table = _table("claim", "expected", "measured", "interval", "n", "verdict", right=("measured", "n"))
+    for claim in document["claims"]:
+        ends = "-" if claim["interval"] is None else " to ".join(map(number, claim["interval"]))
+        verdict = Text(claim["verdict"], style=VERDICT_STYLES[claim["verdict"]]) + Text(f": {claim['note']}" if claim["note"] else "")
+        table.add_row(claim["id"], _expected(claim["expected"]), number(claim["estimate"]), ends, str(claim["n"]), verdict)
+    said = [Text(f"{claim['id']}: {claim['says']}{_source(claim)}") for claim in document["claims"]]
+    tested = document["tested"]
+    counts = f"{tested} claim{'s were' if tested > 1 else ' was'} tested, each by an interval that misses the truth once in 20 times; n counts seeds"
+    return Group(table, *said, Text(counts))
+
+
+def _expected(expected: Document) -> str:
+    """`below 0.7`, `between 0.45 and 0.55`, `first last`, `order last, none`."""
+    ((word, value),) = expected.items()
+    if word == "between":
+        return f"between {number(value[0])} and {number(value[1])}"
+    return f"{word} {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+
+
+def _source(claim: Document) -> str:
+    return f" ({claim['source']})" if claim["source"] else ""
 
 
 def trace_view(document: Document, effective_lrs: Mapping[str, Sequence[float | None]], width: int = PIPE_WIDTH) -> RenderableType:

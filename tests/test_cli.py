@@ -31,7 +31,7 @@ from study.tracking.store import connect
 from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "export", "trace", "ui", "doctor"}
+COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "verify", "export", "trace", "ui", "doctor"}
 
 SPEC = """\
 name: gains
@@ -221,12 +221,30 @@ def test_set_is_repeatable_and_its_errors_name_it(spec_file: Path, capsys: pytes
 
 def test_a_plan_names_the_decay_of_every_parameter(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = document(capsys, "plan", spec_file, "--set", "trial.optimizer.gamma=all")
-    assert set(plan) == {"trials", "arms", "forecast", "parameters", "plan_hash", "compare", "warnings"}
+    assert set(plan) == {"trials", "arms", "forecast", "parameters", "plan_hash", "compare", "warnings", "engine"}
     assert {frozenset(row) for row in plan["parameters"]} == {frozenset({"name", "role", "place", "rate", "anchor", "constrained", "group"})}
     assert plan["compare"] == {}
     shown = said(capsys, "plan", spec_file)
     assert all(row["name"] in shown for row in plan["parameters"])
     assert "6 trials over 2 arms, 3 each" in shown
+
+
+def test_a_plan_names_the_engine_and_its_measured_gain(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from study.engines import admission
+
+    monkeypatch.setattr(admission, "MEASURED_STEPS", 2)
+    why = "the study is so short that starting more processes would take longer"
+    assert document(capsys, "plan", spec_file)["engine"] == {"name": "solo", "slots": 1, "arithmetic": "", "gain": 0.0, "why": why}
+    assert f"engine: solo, as {why}" in said(capsys, "plan", spec_file)
+    forced = (spec_file, "--set", "resources.engine=fused", "--set", "resources.slots=2", "--home", tmp_path / "kept")
+    engine = document(capsys, "plan", *forced)["engine"]
+    assert (engine["name"], engine["slots"], engine["arithmetic"]) == ("fused", 2, "converted")
+    assert engine["gain"] > 0
+    assert f"engine: fused, as 2 trials in one step train {engine['gain']:.1f} times as fast per core" in said(capsys, "plan", *forced)
+    widths = "space.model.width={choices: [8, 16]}"
+    assert "trials that differ in model.width cannot share a step; use auto or solo" in refused(capsys, "plan", *forced, "--set", widths)
 
 
 def test_a_plan_sets_the_defaults_of_libraries_beside_the_policy(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,6 +348,85 @@ def test_the_best_is_a_document_with_json(home: Path, capsys: pytest.CaptureFixt
 def test_a_study_without_a_best_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "gains" / "best.yaml").unlink()
     assert "no best config yet" in refused(capsys, "best", "gains", "--home", home)
+
+
+CLAIMS = """\
+claims:
+  - id: decay-helps
+    source: arXiv:2205.07260
+    says: Decaying all gains lowers the error.
+    contrast: {metric: final/val/error, arm: optimizer.gamma, a: all, b: none, statistic: ratio, paired_by: seed}
+    expect: {below: 0.7}
+  - id: it-does-not
+    says: It does not.
+    rank: {metric: final/val/error, arm: optimizer.gamma, paired_by: seed}
+    expect: {first: none}
+"""
+
+
+@pytest.fixture
+def claimed(home: Path) -> Path:
+    """The home, whose study claims two things, with five seeds in either arm."""
+    import pandas as pd
+
+    folder = home / "gains"
+    (folder / "spec.yaml").write_text((folder / "spec.yaml").read_text().replace("claims: []\n", CLAIMS))
+    own = {"outcome": "completed", "replicate_of": "", "equilibrated": False}
+    rows = [
+        {
+            "trial_id": f"gains-0000-r{seed}",
+            **own,
+            "seed": seed,
+            "data.seed": seed,
+            "optimizer.gamma": gamma,
+            "final/val/error": error * (9 + seed) / 10,
+        }
+        for seed in range(5)
+        for gamma, error in (("none", 0.2), ("all", 0.1))
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "trials.parquet")
+    return home
+
+
+def test_claims_are_tested_on_the_table_of_trials(claimed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "verify", "gains", "--home", claimed)
+    assert found["tested"] == 2
+    helps, does_not = found["claims"]
+    assert {"id", "says", "source", "expected", "estimate", "interval", "n", "verdict"} <= set(helps)
+    assert (helps["verdict"], helps["expected"], helps["n"]) == ("confirmed", {"below": 0.7}, 5)
+    assert (helps["estimate"], does_not["verdict"]) == (pytest.approx(0.5), "refuted")
+    shown = said(capsys, "verify", "gains", "--home", claimed)
+    assert re.search(r"decay-helps +below 0\.7 +0\.5 +0\.5 to 0\.5 +5 +confirmed", shown)
+    assert re.search(r"it-does-not +first none +-0\.11 +.* +5 +refuted", shown)
+    assert "decay-helps: Decaying all gains lowers the error. (arXiv:2205.07260)" in shown
+    assert "2 claims were tested" in shown
+
+
+def test_a_refuted_claim_fails_where_it_must_not(claimed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "gains", "--home", str(claimed), "--strict", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["tested"] == 2
+    spec = claimed / "gains" / "spec.yaml"
+    spec.write_text(spec.read_text().partition("  - id: it-does-not")[0])
+    assert "1 claim was tested" in said(capsys, "verify", "gains", "--home", claimed, "--strict")
+
+
+def test_a_study_without_claims_or_trials_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "makes no claims" in said(capsys, "verify", "gains", "--home", home, "--strict")
+    assert document(capsys, "verify", "gains", "--home", home) == {"claims": [], "tested": 0}
+    assert "studies here: gains" in refused(capsys, "verify", "gain", "--home", home)
+
+
+def test_a_claim_that_cannot_be_tested_is_wrong_input(claimed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pandas as pd
+
+    table = claimed / "gains" / "trials.parquet"
+    rows = pd.read_parquet(table)
+    pd.concat([rows, rows.tail(1)]).to_parquet(table)
+    assert "claims.decay-helps: pairing is not one-to-one (seed 4 stands more than once in optimizer.gamma=all" in refused(
+        capsys, "verify", "gains", "--home", claimed
+    )
+    table.unlink()
+    assert "no table of trials yet; finish it with `study run`" in refused(capsys, "verify", "gains", "--home", claimed)
 
 
 @pytest.mark.parametrize("to", ["yaml", "json"])
@@ -496,7 +593,7 @@ def test_a_spark_line_is_logarithmic_and_keeps_extremes(values: list[float | Non
 def test_a_home_that_cannot_be_written_is_told_before_anything_starts(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(spec_file), "--home", str(spec_file / "studies")]) == 2
     out, err = capsys.readouterr()
-    assert "engine: solo" in out
+    assert out == "gains: 6 trials over 2 arms on this machine\n"
     assert err == f"{spec_file}/studies: the study home cannot be written (Not a directory); choose another with --home or $STUDY_HOME\n"
 
 

@@ -20,13 +20,13 @@ from docs.equilibrium import LAYER_BANDS, MEDIAN_BAND, TAIL, layers_at_the_end, 
 from study.engines.solo import SoloEngine
 from study.home import StudyFolder
 from study.measurement import LayerSample, Outcome
+from study.optimizer import OptimizerSpec
 from study.spec import StudySpec, load_spec
 from study.traces import write_trace
 from study.training.data import load_data
 from study.training.decay import build_optimizer
 from study.training.effective_lr import EffectiveLR
 from study.training.models import build_model
-from study.trial import OptimizerSpec
 from tests.conftest import ROOT, own_environment
 
 EPOCHS = 24

@@ -35,6 +35,7 @@ NAMES = {
     *(f"final/{quantity}/{layer}" for quantity in ("effective_lr", "rotation") for layer in LAYERS),
     *(f"final/rotation_ratio/{layer}" for layer in LAYERS - {"head"}),
     *(f"final/gamma_rms/{place}" for place in PLACES),
+    "final/equilibrated",
     "best/val/error",
 }
 

@@ -75,7 +75,7 @@ def test_every_command_runs(folder: Path, environment: dict[str, str], monkeypat
         monkeypatch.delenv(name, raising=False)
     ran = [command for command in commands() if command not in (*SETUP, UI)]
     used = {command.split()[1] for command in ran if command.startswith("study ")}
-    assert used == {"run", "list", "status", "doctor", "schema", "validate", "plan", "best", "export", "trace"}
+    assert used == {"run", "list", "status", "doctor", "schema", "validate", "plan", "best", "verify", "export", "trace"}
     started: set[str] = set()
     for command in ran:
         program, name, *arguments = shlex.split(command)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from study.trial import PLACES, OptimizerSpec, TrialSpec, canonical_gamma, flatten, gamma_terms
+from study.optimizer import PLACES, OptimizerSpec, canonical_gamma, gamma_terms
+from study.trial import TrialSpec, flatten
 
 
 def optimizer(**fields: Any) -> OptimizerSpec:
@@ -123,7 +124,10 @@ def test_lr_and_weight_decay_alone_restore_a_spec(lr: float, product: float) -> 
         ({"model": {"name": "transformer", "norm": "batch"}}, r"a transformer's norm is layer, rms, weight or none \(got 'batch'\)"),
         ({"model": {"name": "transformer", "width": 10}}, r"width must be a multiple of heads \(got width 10, heads 4\)"),
         ({"model": {"blocks": []}}, "blocks"),
-        ({"optimizer": {"rule": "adam", "nesterov": True}}, "nesterov needs rule sgd with momentum above 0"),
+        ({"optimizer": {"rule": "adam", "nesterov": True}}, "nesterov needs rule sgd or muon with momentum above 0"),
+        ({"optimizer": {"rule": "adamw", "aux_lr": 1e-3}}, r"aux_lr needs rule muon \(got adamw\)"),
+        ({"optimizer": {"rule": "muon", "decay": "coupled"}}, "muon cannot couple decay into the gradient"),
+        ({"optimizer": {"rule": "muon", "constraint": {"name": "rotational"}}}, r"whose rotation at equilibrium is known \(got muon, decoupled\)"),
         ({"schedule": {"milestones": [0.5, 0.2]}}, r"milestones must rise \(got \[0.5, 0.2\]\)"),
         ({"loss": "hinge"}, "must be one of cross_entropy, mse, or import"),
     ],
@@ -159,3 +163,10 @@ def test_every_field_has_a_dotted_path() -> None:
     assert dotted["model.blocks"] == [2, 2]
     assert dotted["data.args"] == {}
     assert flatten({"a": {"b": {"c": 1}}, "d": {}}) == {"a.b.c": 1, "d": {}}
+
+
+def test_what_muon_leaves_to_adamw_has_a_peak_of_its_own() -> None:
+    default, given = optimizer(rule="muon", lr=0.02), optimizer(rule="muon", lr=0.02, aux_lr=1e-3, nesterov=True)
+    assert (default.form, default.aux_lr) == ("decoupled", None)
+    assert (default.peak(aux=False), default.peak(aux=True)) == (0.02, 3e-4)
+    assert (given.peak(aux=False), given.peak(aux=True)) == (0.02, 1e-3)

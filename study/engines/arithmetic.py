@@ -48,6 +48,16 @@ class Arithmetic(Protocol):
         """Images [slots, batch, ...] to logits [slots, batch, classes]."""
 
 
+def reset_statistics(values: Rows) -> None:
+    """Running statistics of norms as they begin, for an estimate of their own: the mean over the batches of one pass."""
+    for name, value in values.items():
+        match name.rpartition(".")[2]:
+            case "running_mean" | "num_batches_tracked":
+                value.zero_()
+            case "running_var":
+                value.fill_(1)
+
+
 class Looped:
     """The ordinary module, slot after slot: the floor, and right for every model that keeps no state outside its buffers."""
 
@@ -64,10 +74,8 @@ class Looped:
         if run.mode is Mode.ESTIMATE:
             for norm in norms:
                 norm.train()
-                norm.momentum = 1.0
-            for name, value in run.values.items():
-                if name.endswith("num_batches_tracked"):
-                    value.zero_()
+                norm.momentum = None
+            reset_statistics(run.values)
         try:
             return torch.stack([self._one(slot, images[slot], run) for slot in range(len(images))])
         finally:
@@ -75,7 +83,8 @@ class Looped:
                 norm.momentum = momentum
 
     def _one(self, slot: int, images: Tensor, run: Pass) -> Tensor:
-        own = {name: value[slot] for name, value in run.values.items()}
+        # Stacked kernels lie channels-last, ordinary ones do not.
+        own = {name: value[slot].contiguous() for name, value in run.values.items()}
         if not run.generators:
             return functional_call(self._model, own, (images,))  # type: ignore[no-any-return]
         # Dropout in somebody's module draws from torch's global generator: the slot's own takes its place meanwhile.

@@ -8,7 +8,8 @@ Bank       the model's computation, the roles of its parameters, and a stack for
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,19 +23,26 @@ from study.engines.course import Course
 from study.engines.engine import Snapshot
 from study.engines.stack import Stack
 from study.engines.updates import MOMENTS, Step
-from study.training.decay import Planned, decay_plan, recorded_norms
+from study.training.decay import Planned, decay_plan, group_key, recorded_norms, rule_of
 from study.training.plans import roles_on
+from study.training.roles import ParameterRole, Role
 from study.training.updates import norms
 from study.trial import TrialSpec
 
 FEWEST_ROWS = 2
 """A single row is trained beside a copy of itself: one group alone takes other kernels, and so other bits."""
 
+VECTOR = 16
+"""Numbers of float32 that the widest vector registers hold."""
+
+WIDEST_STEP = 4
+"""Rows are filled up to a multiple of at most this, so that channels fill vector registers."""
+
 OWN = {
     "": ("seed", "metrics", "probes"),
     "data": ("seed", "label_noise"),
     "optimizer": (
-        *("lr", "weight_decay", "intrinsic_lr", "momentum", "beta1", "beta2", "eps", "clip", "target"),
+        *("lr", "aux_lr", "weight_decay", "intrinsic_lr", "momentum", "beta1", "beta2", "eps", "clip", "target"),
         *("gamma", "gamma_decay", "shift", "shift_decay", "embedding", "embedding_decay"),
     ),
     "schedule": None,
@@ -66,15 +74,27 @@ class Member:
     plan: list[Planned]
     dropout: torch.Generator
     products: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Group of the decay plan to its lr x decay and the step since which it has been so."""
+    """Param group to its lr x decay and the step since which it has been so."""
     norms: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     """Parameter to the norms that a schedule of norms holds it to."""
+
+    def __post_init__(self) -> None:
+        """No step has been followed yet."""
+        self.products = dict.fromkeys((self.group(planned) for planned in self.plan), (math.nan, 0))
+
+    def group(self, planned: Planned) -> str:
+        """The param group that a parameter is in."""
+        return group_key(planned, self.course.trial.optimizer)
+
+    def groups(self) -> dict[str, Planned]:
+        """Every param group, with one of its parameters."""
+        return {self.group(planned): planned for planned in self.plan}
 
 
 class Bank:
     """What the rows share: the model's computation, the roles of its parameters, and the stacks of all tensors."""
 
-    def __init__(self, trial: TrialSpec, course: Course, model: nn.Module, capacity: int, arithmetic: str) -> None:
+    def __init__(self, trial: TrialSpec, course: Course, model: nn.Module, rows: int, arithmetic: str) -> None:
         self.key = fusion_key(trial)
         self.shell = model
         self.device, self.precision = course.data.train_images.device, trial.precision
@@ -85,18 +105,30 @@ class Bank:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.names = [name for name in state if name in trained]
         self.index = {name: index for index, name in enumerate(self.names)}
-        rows = capacity + 1 if capacity >= FEWEST_ROWS else FEWEST_ROWS + 1
+        self.step = _step_of_rows(model, self.roles)
+        rows += 1  # the parking place
         self.trained = Stack({name: state[name].detach() for name in self.names}, rows)
         self.fixed = Stack({name: value.detach() for name, value in state.items() if name not in trained}, rows)
         self.constraint = trial.optimizer.constraint.model_dump()
         plan = decay_plan(self.roles, trial.optimizer)
         self.held = [self.index[planned.parameter.name] for planned in plan if planned.constrained and planned.parameter.name in self.index]
-        self.moments = {kind: Stack(self.trained.row(0), rows) for kind in MOMENTS[trial.optimizer.rule]}
+        self.rules = {planned.parameter.name: rule_of(planned, trial.optimizer) for planned in plan}
+        kinds = dict.fromkeys(kind for rule in self.rules.values() for kind in MOMENTS[rule])
+        self.moments = {kind: self._moments(kind, rows) for kind in kinds}
         self.initial = Stack(self.trained.row(0), rows)
         """Where every parameter began: what decay pulls to under `target: init`, and what the rotational constraint and boxes read."""
         self.squares = {index: self._squares(index) for index in self.held if self.constraint["name"] == "rotational"}
-        self.how = Step(trial.optimizer.rule, trial.optimizer.form, trial.optimizer.nesterov, self.constraint, frozenset(self.held))
+        aux = frozenset(self.index[planned.parameter.name] for planned in plan if planned.aux and planned.parameter.name in self.index)
+        self.how = Step(trial.optimizer.rule, trial.optimizer.form, trial.optimizer.nesterov, self.constraint, frozenset(self.held), aux)
         self.order = [role for role in self.roles if role.name in self.index]
+
+    def _moments(self, kind: str, rows: int) -> Stack:
+        """One moment of every parameter whose rule remembers it."""
+        return Stack({name: value for name, value in self.trained.row(0).items() if kind in MOMENTS[self.rules[name]]}, rows)
+
+    def padded(self, trials: int) -> int:
+        """The rows to train for so many trials."""
+        return max(FEWEST_ROWS, -(-trials // self.step) * self.step)
 
     def _squares(self, index: int) -> Tensor:
         """The running mean squares of updates that the rotational constraint keeps of one weight."""
@@ -119,7 +151,6 @@ class Bank:
 
     def restore(self, row: int, member: Member, snapshot: Snapshot) -> None:
         """Puts a row where a snapshot stands."""
-        member.course.restore(snapshot)
         state = snapshot.state
         self.trained.load(row, state["model"])
         self.fixed.load(row, state["model"])
@@ -130,8 +161,8 @@ class Bank:
             if "square" in moments:
                 self.squares[self.index[name]][row].copy_(moments["square"])
         member.dropout.set_state(state["dropout"][0])
-        groups = dict.fromkeys(planned.group for planned in member.plan)
-        member.products = {group: (float(product), int(since)) for group, (product, since) in zip(groups, state["tracer"]["products"], strict=True)}
+        products = [(float(product), int(since)) for product, since in state["tracer"]["products"]]
+        member.products = dict(zip(member.products, products, strict=True))
 
     def move(self, source: int, target: int) -> None:
         """Copies a row over another."""
@@ -150,7 +181,7 @@ class Bank:
         kinds = {kind: stack.row(row) for kind, stack in self.moments.items()}
         initial = self.initial.row(row)
         anchored = {planned.parameter.name for planned in member.plan if planned.anchor == "init"}
-        found: dict[str, dict[str, Any]] = {name: {kind: values[name] for kind, values in kinds.items()} for name in self.names}
+        found: dict[str, dict[str, Any]] = {name: {kind: values[name] for kind, values in kinds.items() if name in values} for name in self.names}
         for name in anchored & set(self.names):
             found[name]["initial"] = initial[name]
         for index in self.held:
@@ -164,6 +195,16 @@ class Bank:
             case "volumization":
                 return {"bound": self.constraint["bound"] * float(initial.abs().max())}
         return {}
+
+
+def _step_of_rows(model: nn.Module, roles: Sequence[ParameterRole]) -> int:
+    """The rows must be a multiple of this for their channels to fill vector registers, as far as `WIDEST_STEP` goes.
+
+    Kernels take the channels that are left over another way, which rounds otherwise: a trial's bits would depend on the number of rows.
+    """
+    gains = {role.name for role in roles if role.role is Role.GAIN}
+    channels = [len(parameter) for name, parameter in model.named_parameters() if parameter.ndim == 4 or (name in gains and parameter.ndim)]
+    return min(WIDEST_STEP, VECTOR // math.gcd(VECTOR, *channels))
 
 
 def _arithmetic(model: nn.Module, wanted: str) -> Arithmetic:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from study.engines.arithmetic import Mode, Pass
+from study.engines.arithmetic import Mode, Pass, reset_statistics
 from study.training.owners import gain_of_weight_norm
 from study.training.symbolic import trace_module
 
@@ -67,6 +67,8 @@ class Converted:
     def __call__(self, images: Tensor, run: Pass) -> Tensor:
         """Images [slots, batch, ...] to logits [slots, batch, classes]."""
         known: dict[fx.Node, Any] = {}
+        if run.mode is Mode.ESTIMATE:
+            reset_statistics(run.values)
         for node in self._nodes:
             match node.op:
                 case "placeholder":
@@ -199,7 +201,7 @@ class _BatchedLinear(torch.autograd.Function):
         return by_inputs, by_weights, gradients.sum(1) if ctx.has_bias else None
 
 
-def _batch_norm(module: _NormBase, value: Any, own: dict[str, Tensor], site: Site) -> Any:
+def _batch_norm(module: _BatchNorm, value: Any, own: dict[str, Tensor], site: Site) -> Any:
     """Per-slot statistics for free: every slot's channels are channels of their own.
 
     Running statistics are left alone in training, as they are estimated anew before every evaluation.
@@ -209,9 +211,11 @@ def _batch_norm(module: _NormBase, value: Any, own: dict[str, Tensor], site: Sit
     reads = site.run.mode is not Mode.TRAIN and module.track_running_stats
     mean, variance = (own["running_mean"].view(-1), own["running_var"].view(-1)) if reads else (None, None)
     gain, shift = (own["weight"].flatten(), own["bias"].flatten()) if module.affine else (None, None)
-    out = F.batch_norm(joined, mean, variance, gain, shift, estimates or not reads, 1.0, module.eps)
-    if estimates and "num_batches_tracked" in own:
-        own["num_batches_tracked"].fill_(1)
+    share = 1.0
+    if estimates:
+        # The same for all slots: how often this pass has come by here.
+        share = 1 / int(own["num_batches_tracked"].add_(1).flatten()[0])
+    out = F.batch_norm(joined, mean, variance, gain, shift, estimates or not reads, share, module.eps)
     return Maps(out, slots)
 
 
@@ -285,7 +289,7 @@ def _vmapped_module(module: nn.Module, value: Any, own: Mapping[str, Tensor], si
 MODULES: dict[type, Callable[..., Any]] = {
     nn.Conv2d: _conv2d,
     nn.Linear: _linear,
-    _NormBase: _batch_norm,
+    _BatchNorm: _batch_norm,
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _layer_norm,
     nn.ReLU: _relu,
@@ -337,7 +341,9 @@ def _call(node: fx.Node, known: Mapping[fx.Node, Any], run: Pass, modules: Mappi
 
 def _plain(node: fx.Node) -> Callable[..., Any]:
     if node.op == "call_method":
-        return lambda value, *args, **kwargs: getattr(value, str(node.target))(*args, **kwargs)
+        # Rows may lie in another order in memory than a tensor of their own would.
+        name = {"view": "reshape", "view_as": "reshape_as"}.get(str(node.target), str(node.target))
+        return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
     return node.target  # type: ignore[return-value]
 
 
@@ -353,17 +359,28 @@ def _combined(node: fx.Node, left: Any, right: Any, modules: Mapping[str, nn.Mod
     """Two operands: in one layout, with parameters of fewer axes set beside activations as broadcasting within a slot has it."""
     function: Any = node.target
     both = (left, right)
-    if all(isinstance(value, Maps | int | float) for value in both):
+    if _stand_alike(both):
         slots = next(value.slots for value in both if isinstance(value, Maps))
         tensors = [value.tensor if isinstance(value, Maps) else value for value in both]
         if node.target in ADDS:
             for position, tensor in enumerate(tensors):
-                if isinstance(tensor, Tensor) and _may_overwrite(node, modules, position):
+                if isinstance(tensor, Tensor) and _may_overwrite(node, modules, position) and _fits(tensors[1 - position], tensor):
                     return Maps(tensor.add_(tensors[1 - position]), slots)
         return Maps(function(*tensors), slots)
     rows = [as_rows(value) for value in both]
     axes = max(value.ndim for value in rows if isinstance(value, Tensor))
     return function(*(_beside(value, axes) if isinstance(value, Tensor) and value.ndim < axes else value for value in rows))
+
+
+def _stand_alike(values: Sequence[Any]) -> bool:
+    """Whether operands can be combined side by side: numbers, and maps of equally many axes and channels."""
+    shapes = {(value.tensor.ndim, value.tensor.shape[1]) for value in values if isinstance(value, Maps)}
+    return len(shapes) == 1 and all(isinstance(value, Maps | int | float) for value in values)
+
+
+def _fits(other: Any, tensor: Tensor) -> bool:
+    """Whether a sum with another operand has the shape of this one, so that it can be written over it."""
+    return not isinstance(other, Tensor) or other.shape == tensor.shape
 
 
 def _functional_dropout(value: Any, run: Pass, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

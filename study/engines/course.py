@@ -72,10 +72,10 @@ class Course:
         """Images, as training sees them, and labels of one step."""
         return augmented(self.data.train_images[indices], self.trial.data.augment, self.augmentation), self.data.train_labels[indices]
 
-    def scheduled(self, step: int) -> tuple[float, float]:
-        """Learning rate and decay factor of the update after so many steps."""
+    def scheduled(self, step: int, *, aux: bool = False) -> tuple[float, float]:
+        """Learning rate and decay factor of the update after so many steps; `aux` asks for what muon leaves to adamw."""
         schedule = self.trial.schedule
-        return self.trial.optimizer.lr * lr_factor(schedule, step, self.total_steps), decay_factor(schedule, step, self.total_steps)
+        return self.trial.optimizer.peak(aux=aux) * lr_factor(schedule, step, self.total_steps), decay_factor(schedule, step, self.total_steps)
 
     def trained(self, first_loss: float, loss: float, error: float) -> dict[str, float]:
         """The metrics of an epoch's training, once its steps are counted: means over its steps."""

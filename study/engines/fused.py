@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from study.engines.bank import Bank, Member, fusion_key
+from study.engines.bank import WIDEST_STEP, Bank, Member, fusion_key
 from study.engines.course import Course, sub_seed
 from study.engines.engine import Progress, Snapshot
 from study.engines.interval import Interval
@@ -34,7 +34,7 @@ class FusedEngine:
         self.capacity = capacity
         self._device = torch.device(device)
         self._arithmetic = arithmetic
-        self._slots = Slots(capacity)
+        self._slots = Slots(capacity, spare=WIDEST_STEP)
         self._members: dict[str, Member] = {}
         self._bank: Bank | None = None
 
@@ -64,12 +64,14 @@ class FusedEngine:
             course = Course(trial_id, trial, self._device)
             model = initial_model(trial, course, self._device)
             if self._bank is None:
-                self._bank = Bank(trial, course, model, self._slots.capacity, self._arithmetic)
+                self._bank = Bank(trial, course, model, self._slots.rows, self._arithmetic)
             bank = self._bank
             if fusion_key(trial) != bank.key:
                 raise ValueError(f"trial {trial_id} cannot be fused with those that are here: they differ in more than numbers")
             absent_places(bank.roles, trial.optimizer.gamma)
             generator = torch.Generator(self._device).manual_seed(sub_seed(trial.seed, "dropout"))
+            if snapshot is not None:
+                course.restore(snapshot)
             member = Member(course, decay_plan(bank.roles, trial.optimizer), generator)
             row = self._slots.admit(trial_id)
             self._members[trial_id] = member
@@ -82,7 +84,7 @@ class FusedEngine:
         trials = [trial for trial in self._slots if only is None or trial in only]
         if self._bank is None or not trials:
             return []
-        for source, target in self._slots.compact(trials):
+        for source, target in self._slots.compact(trials, self._bank.padded(len(trials))):
             self._bank.move(source, target)
         with on_one_thread():
             members = [self._members[trial] for trial in self._slots][: len(trials)]
@@ -91,11 +93,10 @@ class FusedEngine:
     def snapshot(self, trial_id: str) -> Snapshot:
         """The trial's present state, between two epochs: a solo engine can go on with it."""
         bank, member = self._here(), self._members[trial_id]
-        groups = dict.fromkeys(planned.group for planned in member.plan)
         state = {
             "model": self.weights(trial_id),
             "moments": bank.remembered(self._slots.row(trial_id), member),
-            "tracer": {"step": member.course.step, "products": [list(member.products[group]) for group in groups]},
+            "tracer": {"step": member.course.step, "products": [list(product) for product in member.products.values()]},
             "dropout": [member.dropout.get_state()],
             **member.course.state(),
         }

@@ -9,6 +9,7 @@ row's own.
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from study.engines.arithmetic import Mode, Pass
-from study.engines.bank import FEWEST_ROWS, Bank, Member
+from study.engines.bank import Bank, Member
 from study.engines.engine import Progress
 from study.engines.solo import STATISTICS_IMAGES
-from study.engines.updates import Decay, Moments, Vectors, beside, clipped, corrections, step
+from study.engines.updates import OPTIONS, Decay, Moments, Vectors, beside, clipped, corrections, step
 from study.measurement import LayerSample, Reason
-from study.training.decay import Planned
+from study.optimizer import OptimizerSpec
+from study.training.decay import Planned, rule_of
 from study.training.effective_lr import effective_lr, rotation
 from study.training.equilibrium import follow, is_equilibrated, rotation_at_equilibrium, theory_of
 from study.training.gains import by_place, stacked_samples
 from study.training.roles import ParameterRole, Role
 from study.training.updates import norms, scheduled_norm
-from study.trial import OptimizerSpec
 
 EVALUATION_ROWS = 4
 """Rows that are evaluated at once; never one alone, where there are two."""
@@ -35,13 +36,16 @@ EVALUATION_ROWS = 4
 EVALUATION_IMAGES = 256
 """Images of each row that go through the model at once when it is evaluated."""
 
+NOTHING = torch.empty(0)
+"""Stands for a moment that a parameter's rule does not remember."""
+
 
 class Interval:
     """One epoch of the trials that hold the first rows."""
 
     def __init__(self, bank: Bank, members: list[Member]) -> None:
         self.bank, self.members = bank, members
-        self.rows = max(FEWEST_ROWS, len(members))
+        self.rows = bank.padded(len(members))
         for row in range(len(members), self.rows):
             bank.move(0, row)
         # Rows beyond the trials' own only fill up: they repeat the first trial.
@@ -49,7 +53,10 @@ class Interval:
         self.courses = [member.course for member in self.padded]
         self.weights = [tensor.detach().requires_grad_() for tensor in bank.trained.prefix(self.rows).values()]
         self.values = {**dict(zip(bank.names, self.weights, strict=True)), **bank.fixed.prefix(self.rows)}
-        self.moments: Moments = {kind: list(stack.prefix(self.rows).values()) for kind, stack in bank.moments.items()}
+        self.moments: Moments = {
+            kind: [prefix.get(name, NOTHING) for name in bank.names]
+            for kind, prefix in ((kind, stack.prefix(self.rows)) for kind, stack in bank.moments.items())
+        }
         self._hold()
         self.dtype = self.weights[0].dtype
         self.decays = self._decays()
@@ -62,7 +69,8 @@ class Interval:
         orders += [orders[0]] * (self.rows - len(self.members))
         numbers = self._train(orders)
         self._count(len(orders[0]))
-        losses, errors = numbers.mean(1).tolist()
+        # Each row's own numbers side by side: the order of a sum must not depend on the number of rows.
+        losses, errors = numbers.movedim(1, 2).contiguous().mean(2).tolist()
         largest = self._largest()
         reasons: list[Reason] = []
         values: list[dict[str, float]] = []
@@ -103,7 +111,7 @@ class Interval:
         watched = self._watched(number)
         moments = {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()}
         decays = {place[index]: decay for index, decay in self.decays.items() if index in place}
-        how = self.bank.how
+        how = replace(self.bank.how, aux=frozenset(place[index] for index in self.bank.how.aux if index in place))
         seen = step(how, weights, slopes, moments, decays, vectors, [place[index] for index in watched if index in place])
         if watched:
             found = {used[position]: dots for position, dots in seen.items()}
@@ -113,7 +121,7 @@ class Interval:
         """What the constraint reads of each weight that it holds, beside the rule's moments."""
         bank, count = self.bank, len(self.weights)
         if bank.squares:
-            empty = [torch.empty(0)] * count
+            empty = [NOTHING] * count
             self.moments["square"], self.moments["initial_norm"] = list(empty), list(empty)
             initial = list(bank.initial.prefix(self.rows).values())
             for index, square in bank.squares.items():
@@ -150,12 +158,13 @@ class Interval:
         factors = [[factor for _, factor in row] for row in scheduled]
         if any(factor != 1.0 for row in factors for factor in row):
             tables["factor"] = factors
-        for name in ("momentum",) if self.bank.how.rule == "sgd" else ("beta1", "beta2", "eps"):
+        if self.bank.how.aux:
+            tables["aux lr"] = [[course.scheduled(course.step + number, aux=True)[0] for course in self.courses] for number in range(steps)]
+        for name in OPTIONS[self.bank.how.rule]:
             tables[name] = [[float(getattr(optimizer, name)) for optimizer in optimizers]] * steps
-        if self.bank.how.rule != "sgd":
-            tables |= {f"1 - {name}": [[1 - value for value in row] for row in tables[name]] for name in ("beta1", "beta2")}
+            tables[f"1 - {name}"] = [[1 - value for value in tables[name][0]]] * steps
         ages = [[course.step + number + 1 for course in self.courses] for number in range(steps)]
-        if self.bank.how.rule in ("adam", "adamw"):
+        if "eps" in tables:
             for index, name in ((1, "beta1"), (2, "beta2")):
                 tables[f"correction{index}"] = [corrections(tables[name][0], row) for row in ages]
         if any(optimizer.clip is not None for optimizer in optimizers):
@@ -216,11 +225,11 @@ class Interval:
         return [self.bank.index[role.name] for role in self.bank.order if role.role is Role.WEIGHT]
 
     def _inverse_roots(self, watched: Iterable[int], vectors: Vectors) -> dict[int, Tensor]:
-        """The mean over coordinates of 1 / (sqrt(v) + eps), v bias-corrected: [rows], for rules that have it."""
-        if "correction2" not in vectors:
-            return {}
+        """The mean over coordinates of 1 / (sqrt(v) + eps), v bias-corrected: [rows], of parameters whose rules have it."""
         found = {}
         for index in watched:
+            if "v" not in self.moments or self.moments["v"][index] is NOTHING:
+                continue
             second = self.moments["v"][index].flatten(1).double() / vectors["correction2"][:, None]
             found[index] = (1 / (second.sqrt() + vectors["eps"][:, None])).mean(1)
         return found
@@ -230,13 +239,14 @@ class Interval:
         self.began = [member.course.step for member in self.members]
         self.since: list[list[dict[str, int]]] = []
         for member in self.members:
-            rates = {planned.group: planned.rate for planned in member.plan}
+            rates = {group: (planned.rate, planned.aux) for group, planned in member.groups().items()}
             trail = []
             for _ in range(steps):
-                lr, factor = member.course.scheduled(member.course.step)
+                scheduled = {aux: member.course.scheduled(member.course.step, aux=aux) for aux in {aux for _, aux in rates.values()}}
                 member.course.step += 1
-                for group, rate in rates.items():
-                    member.products[group] = follow(lr * rate * factor, member.products.get(group, (float("nan"), 0)), member.course.step)
+                for group, (rate, aux) in rates.items():
+                    lr, factor = scheduled[aux]
+                    member.products[group] = follow(lr * rate * factor, member.products[group], member.course.step)
                 trail.append({group: since for group, (_, since) in member.products.items()})
             self.since.append(trail)
 
@@ -249,15 +259,17 @@ class Interval:
             for row, member in enumerate(self.members):
                 if (self.began[row] + number + 1) % member.course.trial.trace.every == 0:
                     found[row] += [
-                        self._sample(row, number, roles[index], own[row], means[index][row] if means else None) for index, own in numbers.items()
+                        self._sample(row, number, roles[index], own[row], means[index][row] if index in means else None)
+                        for index, own in numbers.items()
                     ]
         return found
 
     def _sample(self, row: int, number: int, role: ParameterRole, dots: list[float], inverse: float | None) -> LayerSample:
         member = self.members[row]
         planned = next(planned for planned in member.plan if planned.parameter.name == role.name)
-        lr, factor = member.course.scheduled(self.began[row] + number)
-        group = _described(member.course.trial.optimizer, lr, planned.rate * factor)
+        lr, factor = member.course.scheduled(self.began[row] + number, aux=planned.aux)
+        optimizer = member.course.trial.optimizer
+        group = _described(rule_of(planned, optimizer), optimizer, lr, planned.rate * factor)
         theory, age = theory_of(group), self.began[row] + number + 1
         norm2, along, moved2, gradient2 = dots
         return LayerSample(
@@ -266,7 +278,7 @@ class Interval:
             role=str(role.role),
             place=role.place,
             scale_invariant=role.scale_invariant,
-            equilibrated=is_equilibrated(theory, age - self.since[row][number][planned.group]),
+            equilibrated=is_equilibrated(theory, age - self.since[row][number][member.group(planned)]),
             lr=lr,
             weight_decay=planned.rate * factor,
             weight_norm=norm2**0.5,
@@ -282,7 +294,7 @@ class Interval:
     @torch.no_grad()
     def _largest(self) -> list[float]:
         """The largest size of any parameter of each row; NaN where one is NaN."""
-        return torch.stack([weight.detach().flatten(1).abs().amax(1) for weight in self.weights]).amax(0).tolist()
+        return torch.stack([weight.detach().reshape(self.rows, -1).abs().amax(1) for weight in self.weights]).amax(0).tolist()
 
     @torch.no_grad()
     def _evaluate(self, values: list[dict[str, float]], reasons: list[Reason]) -> None:
@@ -303,8 +315,9 @@ class Interval:
     def _run(self, mode: Mode, images: Tensor) -> Tensor:
         """Logits of every row, a few rows at a time: batches are larger than in training, and all rows at once would spill the caches."""
         logits = []
-        for rows in torch.arange(self.rows).tensor_split(-(-self.rows // EVALUATION_ROWS)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        steps = torch.arange(0, self.rows, self.bank.step)
+        for starts in steps.tensor_split(-(-self.rows // EVALUATION_ROWS)):
+            part = slice(int(starts[0]), int(starts[-1]) + self.bank.step)
             with self._autocast():
                 logits.append(self.bank.arithmetic(images[part], Pass({name: value[part] for name, value in self.values.items()}, mode)))
         return torch.cat(logits)
@@ -322,10 +335,10 @@ class Interval:
         return [by_place([samples[row] for samples in stacked]) for row in range(len(self.members))]
 
 
-def _described(optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, Any]:
+def _described(rule: str, optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, Any]:
     """A param group as theory wants it described."""
     return {
-        "rule": optimizer.rule,
+        "rule": rule,
         "form": optimizer.form,
         "lr": lr,
         "weight_decay": decay,
@@ -336,4 +349,4 @@ def _described(optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, A
 
 
 def _angle(optimizer: OptimizerSpec, lr: float, factor: float) -> float:
-    return rotation_at_equilibrium(_described(optimizer, lr, optimizer.weight_decay * factor)) or 0.0
+    return rotation_at_equilibrium(_described(optimizer.rule, optimizer, lr, optimizer.weight_decay * factor)) or 0.0

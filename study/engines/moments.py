@@ -1,7 +1,7 @@
 """Moments: what an optimizer remembers of each parameter, by one name in every engine's snapshots.
 
 name            of                          in torch
-m               sgd, lion, adam, adamw      momentum_buffer, exp_avg
+m               every rule                  momentum_buffer, exp_avg
 v               adam, adamw                 exp_avg_sq
 square          the rotational constraint   -
 initial, initial_norm, bound                -           of constraints and of decay towards the initial value

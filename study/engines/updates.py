@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.nn import functional as F
 
-from study.training.updates import boxed, rescaled, rotated
+from study.training.updates import boxed, muon_scale, orthogonalized, rescaled, rotated
 
 Moments = dict[str, list[Tensor]]
 """`m`, `v` and `square` of every parameter, as the rule and the constraint need them."""
 
 CLIP_EPSILON = 1e-6
 """Added to a gradient's norm before it divides, as torch.nn.utils.clip_grad_norm_ does."""
+
+FILLED_SIDE = 16
+"""Muon's matrices are filled with zeros to sides of a multiple of this: products of others round differently in batches of other sizes."""
 
 
 class Vectors:
@@ -67,10 +71,16 @@ class Step:
     constraint: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     held: frozenset[int] = frozenset()
     """The parameters that the constraint holds, by index."""
+    aux: frozenset[int] = frozenset()
+    """The parameters that muon leaves to adamw, by index."""
 
 
-MOMENTS = {"sgd": ("m",), "adam": ("m", "v"), "adamw": ("m", "v"), "lion": ("m",)}
+MOMENTS = {"sgd": ("m",), "adam": ("m", "v"), "adamw": ("m", "v"), "lion": ("m",), "muon": ("m",)}
 """What each rule remembers of every parameter."""
+
+ADAM = ("beta1", "beta2", "eps")
+OPTIONS = {"sgd": ("momentum",), "adam": ADAM, "adamw": ADAM, "lion": ("beta1", "beta2"), "muon": ("momentum", *ADAM)}
+"""The numbers of the spec that each rule reads; muon's adamw included."""
 
 
 def step(
@@ -86,8 +96,8 @@ def step(
 
     Args:
         decays: By the parameter's index; parameters that no slot decays are left out.
-        vectors: `lr`, the rule's own (`momentum`; `beta1 beta2 eps correction1 correction2`), `factor` where any slot's decay varies over
-            time, and `step` where there is a constraint.
+        vectors: `lr`, the rule's own (`momentum`; `beta1 beta2 eps correction1 correction2`; for muon all of these and `aux lr`), `factor`
+            where any slot's decay varies over time, and `step` where there is a constraint.
         watched: The parameters whose step is asked for.
 
     Returns:
@@ -98,6 +108,8 @@ def step(
     if how.form == "decoupled":
         updates = _with_decay(updates, weights, decays, vectors)
     rates = vectors.beside("lr", updates)
+    for index in how.aux:
+        rates[index] = vectors.beside("aux lr", [updates[index]])[0]
     taken = {index: updates[index] * rates[index] for index in how.held | set(watched)}
     for index in how.held:
         taken[index] = weights[index] - _constrained(how, index, weights[index], updates[index], taken[index], moments, vectors)
@@ -115,14 +127,14 @@ def clipped(gradients: list[Tensor], limits: Tensor) -> list[Tensor]:
     Args:
         limits: [slots], infinite where a slot does not clip.
     """
-    norms_of = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
+    norms_of = torch.stack([torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1) for gradient in gradients])
     factor = Vectors({"factor": (limits / (torch.linalg.vector_norm(norms_of, dim=0) + CLIP_EPSILON)).clamp(max=1.0)})
     return list(torch._foreach_mul(gradients, factor.beside("factor", gradients)))
 
 
 def dots(weights: Tensor, steps: Tensor, gradients: Tensor) -> Tensor:
     """<w,w>, <w,d>, <d,d> and <g,g> of every slot, for a step d = -steps; accumulated in float64, [slots, 4]."""
-    w, d, g = (tensor.flatten(1).double() for tensor in (weights, steps, gradients))
+    w, d, g = (tensor.reshape(len(tensor), -1).double() for tensor in (weights, steps, gradients))
     return torch.stack(((w * w).sum(1), -(w * d).sum(1), (d * d).sum(1), (g * g).sum(1)), dim=1)
 
 
@@ -185,13 +197,38 @@ def _lion(how: Step, gradients: list[Tensor], moments: Moments, vectors: Vectors
     return updates
 
 
+def _muon(how: Step, gradients: list[Tensor], moments: Moments, vectors: Vectors) -> list[Tensor]:
+    """Hidden weights by orthogonalized moments, a batch of matrices for each of them; the others by adamw.
+
+    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon.
+    """
+    hidden, aux = ([index for index in range(len(gradients)) if (index in how.aux) is left] for left in (False, True))
+    slopes, kept = [gradients[index] for index in hidden], [moments["m"][index] for index in hidden]
+    _average(kept, slopes, "momentum", vectors)
+    if how.nesterov:
+        kept = [moment.clone() for moment in kept]
+        _average(kept, slopes, "momentum", vectors)
+    rest: Moments = {kind: [moments[kind][index] for index in aux] for kind in MOMENTS["adamw"]}
+    found = dict(zip(hidden, map(_orthogonalized, kept), strict=True))
+    found |= zip(aux, _adam(how, [gradients[index] for index in aux], rest, vectors) if aux else (), strict=True)
+    return [found[index] for index in range(len(gradients))]
+
+
+def _orthogonalized(moment: Tensor) -> Tensor:
+    """Muon's update of a weight [slots, outputs, ...]; zeros beside its matrices change nothing of them."""
+    matrices = moment.reshape(*moment.shape[:2], -1)
+    rows, columns = matrices.shape[1:]
+    filled = F.pad(matrices, (0, -columns % FILLED_SIDE, 0, -rows % FILLED_SIDE))
+    return (orthogonalized(filled)[:, :rows, :columns] * muon_scale(matrices)).reshape(moment.shape)
+
+
 def _average(averages: list[Tensor], values: list[Tensor], beta: str, vectors: Vectors) -> None:
     """averages <- beta averages + (1 - beta) values, in place."""
     torch._foreach_mul_(averages, vectors.beside(beta, averages))
     torch._foreach_add_(averages, torch._foreach_mul(values, vectors.beside(f"1 - {beta}", averages)))
 
 
-RULES = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lion": _lion}
+RULES = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lion": _lion, "muon": _muon}
 
 
 def _constrained(how: Step, index: int, weight: Tensor, update: Tensor, plain: Tensor, moments: Moments, vectors: Vectors) -> Tensor:
@@ -211,19 +248,20 @@ def _constrained(how: Step, index: int, weight: Tensor, update: Tensor, plain: T
             moments["m"][index].copy_(torch.where(outside, constraint["strength"] * moments["m"][index], moments["m"][index]))
             return boxes
         case "rotational":
-            return _turned(constraint["granularity"], index, weight, update, moments, vectors)
+            return _turned(constraint["granularity"], index, weight, update, plain, moments, vectors)
     raise AssertionError(f"no constraint {constraint['name']}")
 
 
-def _turned(granularity: str, index: int, weight: Tensor, update: Tensor, moments: Moments, vectors: Vectors) -> Tensor:
+def _turned(granularity: str, index: int, weight: Tensor, update: Tensor, plain: Tensor, moments: Moments, vectors: Vectors) -> Tensor:
     def one(w: Tensor, u: Tensor, angle: Tensor, initial: Tensor, square: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         state = {"initial_norm": initial, "square": square, "step": age}
         return rotated(w, u, angle, state, granularity), state["square"]
 
-    square = moments["square"][index]
+    # Where decay pauses, no angle is wanted, and the step is the plain one.
+    square, rests = moments["square"][index], vectors["angle"] == 0
     new, after = vmap(one)(weight, update, vectors["angle"], moments["initial_norm"][index], square, vectors["step"])
-    square.copy_(after)
-    return new
+    square.copy_(torch.where(beside(rests, square), square, after))
+    return torch.where(beside(rests, new), weight - plain, new)
 
 
 def beside(vector: Tensor, tensor: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from study.document import read_document, to_yaml, write_whole
 from study.errors import NotFound, Problem, SpecError
 from study.home import home_path
 from study.measurement import Outcome, TrialRecord
+from study.optimizer import OptimizerSpec
 from study.problems import validated
-from study.space import Frozen
+from study.space import Count, Frozen, Real
 from study.spec import ObjectiveSpec, StudyName
-from study.trial import Count, DataSpec, ModelSpec, OptimizerSpec, Real, ScheduleSpec, TrialSpec
+from study.trial import DataSpec, ModelSpec, ScheduleSpec, TrialSpec
 
 MARKS = ("study_id", "trial_id", "trial")
 """Keys by which a best.yaml is told from other YAML files."""

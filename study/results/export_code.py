@@ -6,10 +6,11 @@ ModelPlan ──> GROUPS ──> param_groups(model) ──> build_optimizer(mod
 import json
 from collections.abc import Sequence
 
+from study.optimizer import OptimizerSpec
 from study.results.best import BestConfig
 from study.results.export_plan import Export, ModelPlan, PlanRow, commented, header, not_expressible, refuse_what_cannot_be_said, wrong_sentence
 from study.results.export_plan import wrongly_decayed as wrongly
-from study.trial import OptimizerSpec, ScheduleSpec
+from study.trial import ScheduleSpec
 
 PARAM_GROUPS = '''
 def param_groups(model):

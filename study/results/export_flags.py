@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from study.optimizer import OptimizerSpec
 from study.results.best import BestConfig
 from study.results.export_code import lr_factor_code
 from study.results.export_plan import Export, ModelPlan, PlanRow, commented, header, not_expressible, refuse_what_cannot_be_said, wrong_sentence
 from study.results.export_plan import wrongly_decayed as wrongly
-from study.trial import OptimizerSpec
 
 INDENT = "#     "
 """In front of every line of code in a comment."""

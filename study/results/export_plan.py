@@ -91,11 +91,13 @@ def commented(lines: Iterable[str], prefix: str = "# ") -> str:
 
 
 def refuse_what_cannot_be_said(best: BestConfig, plan: ModelPlan, target: str) -> None:
-    """Constraints, decay windows and whatever else only this package can do.
+    """Constraints, decay windows, muon and whatever else only this package can do.
 
     Raises:
         NotExpressible: with the field, its value, and the parameters that it holds.
     """
+    if best.optimizer.rule == "muon":
+        raise not_expressible(f"{target} has no rule that moves hidden weights, kernels too, by muon and all else by adamw", "optimizer.rule")
     for section, said in SAID.items():
         spec: Frozen = getattr(best.trial, section)
         for name, value in spec.model_dump(mode="json", exclude_defaults=True).items():

@@ -209,6 +209,18 @@ class Recorder:
         return found[0].run_id
 
 
+def add_to_run(tracking_uri: str, run_id: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> None:
+    """Adds files and tags to a run that has ended, which stays so; a file in place of one of the same name.
+
+    Raises:
+        TrackingUnavailable: if the store does not answer.
+    """
+    store = connect(tracking_uri)
+    store.log(run_id, tags=tags)
+    for file in artifacts:
+        store.upload(run_id, file)
+
+
 def study_params(spec: StudySpec) -> dict[str, str]:
     """What decides a study's trials, as params of its run; the spec hash covers it all, so that they never change."""
     fixed = spec.model_dump(mode="json", include={"search": {"sampler", "seed"}, "objective": True, "stopping": True})

@@ -1,7 +1,7 @@
 """Summaries: what a trial's layers and measurements come down to, as numbers that MLflow can show.
 
     samples of one step ──> effective_lr/<layer>  rotation/<layer>  weight_norm/<layer>  and the medians over layers
-    the last 30% of them ──> final/rotation/*  final/rotation_ratio/*  (root mean square)   final/effective_lr/*  (mean)
+    the last 30% of them ──> final/rotation/*  final/rotation_ratio/*  (root mean square)   final/effective_lr/*  final/equilibrated  (mean)
     measurements ──────────> final/<metric>  (the last value)          best/<objective>     (the best value)
 
 Nothing here is ever inf or NaN: a value that is not finite is left out. Nothing here takes more memory for a longer trial: whatever
@@ -33,6 +33,11 @@ QUANTITIES = ("effective_lr", "rotation", "weight_norm")
 RATIO = "rotation_ratio"
 """Measured over expected rotation."""
 
+EQUILIBRATED = "equilibrated"
+"""Share of scale-invariant layers that had five relaxation times; 1 over the tail where all of them had, throughout."""
+
+AVERAGED = ("effective_lr/", EQUILIBRATED)
+"""Final values that are means; the others are root mean squares."""
 
 FINAL = "final/"
 """Where the values of a trial's end are; a trial may measure some of them itself, at its last epoch."""
@@ -160,14 +165,14 @@ def _tail(measurements: Iterable[Measurement], sampled: int) -> dict[str, float]
     kept = -(-share * sampled // whole)
     sums: dict[str, tuple[int, float]] = {}
     for layers in islice(every, sampled - kept, None):
-        for name, value in (_logged(layers) | _ratios(layers)).items():
+        for name, value in (_logged(layers) | _ratios(layers) | _settled(layers)).items():
             count, total = sums.get(name, (0, 0.0))
-            sums[name] = count + 1, total + (value if name.startswith("effective_lr/") else value * value)
+            sums[name] = count + 1, total + (value if name.startswith(AVERAGED) else value * value)
     means = {name: total / count for name, (count, total) in sums.items()}
     return {
-        f"{FINAL}{name}": mean if name.startswith("effective_lr/") else math.sqrt(mean)
+        f"{FINAL}{name}": mean if name.startswith(AVERAGED) else math.sqrt(mean)
         for name, mean in means.items()
-        if name.startswith(("effective_lr/", "rotation/", f"{RATIO}/"))
+        if name.startswith((*AVERAGED, "rotation/", f"{RATIO}/"))
     }
 
 
@@ -197,6 +202,12 @@ def _ratios(layers: Sequence[LayerSample]) -> dict[str, float]:
     if len(layers) > MANY_LAYERS:
         return {}
     return finite({f"{RATIO}/{layer.layer}": value for layer in layers if (value := _of(layer, RATIO)) is not None})
+
+
+def _settled(layers: Sequence[LayerSample]) -> dict[str, float]:
+    """The share of scale-invariant layers in equilibrium; nothing where there are none."""
+    flags = [layer.equilibrated for layer in layers if layer.scale_invariant]
+    return {EQUILIBRATED: sum(flags) / len(flags)} if flags else {}
 
 
 def _of(layer: LayerSample, quantity: str) -> float | None:

@@ -13,7 +13,7 @@ scale                   never
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -21,9 +21,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from study.errors import ModelError, NotExpressible
+from study.optimizer import OptimizerSpec, gamma_terms
 from study.training.roles import ParameterRole, Role, parameter_roles
 from study.training.updates import PlannedOptimizer
-from study.trial import OptimizerSpec, gamma_terms
 
 Anchor = float | Literal["init"]
 
@@ -42,17 +42,37 @@ class Planned:
     """The value that decay pulls towards: 0, 1, or `init`."""
     constrained: bool = False
     """Whether the optimizer's constraint holds this parameter."""
+    aux: bool = False
+    """Whether muon leaves this parameter to adamw."""
 
     @property
     def group(self) -> str:
-        """Name of the param group: parameters of equal rate, anchor and constraint share one."""
+        """Name of the param group: parameters of equal rate, anchor, constraint and rule share one."""
         decay = "exempt" if self.rate == 0 else f"decay {self.rate:g}" + (f" to {self.anchor}" if self.anchor else "")
-        return f"{decay}, constrained" if self.constrained else decay
+        return decay + (", constrained" if self.constrained else "") + (", adamw" if self.aux else "")
+
+
+def rule_of(planned: Planned, optimizer: OptimizerSpec) -> str:
+    """The rule that moves a parameter."""
+    return "adamw" if planned.aux else optimizer.rule
 
 
 def decay_plan(roles: Iterable[ParameterRole], optimizer: OptimizerSpec) -> list[Planned]:
-    """The rate and anchor of every parameter under a policy."""
-    return [_planned(role, optimizer) for role in roles]
+    """The rate and anchor of every parameter under a policy, and which rule moves it.
+
+    Raises:
+        ModelError: if muon would move nothing.
+    """
+    roles = list(roles)
+    if optimizer.rule != "muon":
+        return [_planned(role, optimizer) for role in roles]
+    if not any(role.hidden for role in roles):
+        raise ModelError(
+            "no weight of the model is known to be hidden, followed by another weight layer; muon would move nothing",
+            where="optimizer.rule",
+            remedy="use adamw",
+        )
+    return [replace(_planned(role, optimizer), aux=not role.hidden) for role in roles]
 
 
 def plan_hash(plan: Iterable[Planned]) -> str:
@@ -149,6 +169,8 @@ def why_not_torch(plan: Sequence[Planned], optimizer: OptimizerSpec) -> str:
         return f"torch has no constraint {optimizer.constraint.name}, which holds {len(constrained)} parameters: {_some(constrained)}"
     if optimizer.rule == "lion":
         return "torch.optim has no Lion"
+    if optimizer.rule == "muon":
+        return "torch.optim.Muon takes matrices only, orthogonalizes them in bfloat16, and leaves all else to a second optimizer"
     if optimizer.rule == "sgd" and optimizer.form == "decoupled":
         decayed = [planned.parameter.name for planned in plan if planned.rate]
         return (
@@ -203,14 +225,15 @@ def _groups(model: nn.Module, plan: Sequence[Planned], optimizer: OptimizerSpec)
     groups: dict[str, dict[str, Any]] = {}
     for planned in plan:
         group = groups.setdefault(
-            planned.group, {"params": [], "name": planned.group, "lr": optimizer.lr, "weight_decay": planned.rate, **_options(optimizer)}
+            planned.group,
+            {"params": [], "name": planned.group, "lr": optimizer.lr, "weight_decay": planned.rate, **_options(optimizer.rule, optimizer)},
         )
         group["params"].append(parameters[planned.parameter.name])
     return list(groups.values())
 
 
-def _options(optimizer: OptimizerSpec) -> dict[str, Any]:
-    if optimizer.rule == "sgd":
+def _options(rule: str, optimizer: OptimizerSpec) -> dict[str, Any]:
+    if rule in ("sgd", "muon"):
         return {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov}
     return {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
 
@@ -223,22 +246,28 @@ def _planned_groups(model: nn.Module, plan: Sequence[Planned], optimizer: Optimi
     for planned in plan:
         own = norms.get(planned.parameter.name, {}) if planned.constrained else {}
         group = groups.setdefault(
-            f"{planned.group} {planned.parameter.name if own else ''}".strip(),
+            group_key(planned, optimizer),
             {
                 "params": [],
                 "name": planned.group,
-                "rule": optimizer.rule,
+                "rule": rule_of(planned, optimizer),
                 "form": optimizer.form,
-                "lr": optimizer.lr,
+                "lr": optimizer.peak(aux=planned.aux),
                 "weight_decay": planned.rate,
                 "anchor": planned.anchor,
                 "constraint": optimizer.constraint.model_dump() if planned.constrained else None,
-                **_options(optimizer),
+                **_options(rule_of(planned, optimizer), optimizer),
                 **own,
             },
         )
         group["params"].append(parameters[planned.parameter.name])
     return list(groups.values())
+
+
+def group_key(planned: Planned, optimizer: OptimizerSpec) -> str:
+    """Equal for parameters of one param group: under a norm schedule every constrained weight has one of its own."""
+    own = planned.constrained and optimizer.constraint.name == "norm_schedule"
+    return f"{planned.group} {planned.parameter.name}" if own else planned.group
 
 
 def recorded_norms(trace: str | None, plan: Sequence[Planned]) -> dict[str, dict[str, list[Any]]]:

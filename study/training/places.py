@@ -161,6 +161,17 @@ def _norm_follows(index: int, graph: Graph) -> bool:
     return any(node.is_norm and node.index != index and graph.depends(node.index, index) for node in graph.nodes)
 
 
+def hidden_weights(graph: Graph) -> frozenset[str]:
+    """The weights that are followed by another weight layer wherever they are used: all but those of the output layer."""
+    layers = [node for node in graph.nodes if node.is_weight and node.is_data]
+    found: dict[str, bool] = {}
+    for node in layers:
+        followed = any(graph.depends(later.index, node.index) for later in layers if later.index > node.index)
+        for name in node.weights:
+            found[name] = found.get(name, True) and followed
+    return frozenset(name for name, followed in found.items() if followed)
+
+
 def scale_invariant_weights(graph: Graph) -> frozenset[str]:
     """The weights that only norms see: scaling one leaves the model's output unchanged in train mode.
 

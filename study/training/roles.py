@@ -11,7 +11,7 @@ Names and shapes of parameters are never evidence.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from study.errors import ModelError, UnclaimedParameter, UnknownPlace
+from study.optimizer import PLACES
 from study.training.graph import Graph
 from study.training.operations import EMBEDDINGS
 from study.training.owners import NORMS, gain_of_weight_norm
-from study.training.places import UNKNOWN, following_places, gain_and_shift_places, scale_invariant_weights
+from study.training.places import UNKNOWN, following_places, gain_and_shift_places, hidden_weights, scale_invariant_weights
 from study.training.recording import Example, record
 from study.training.symbolic import trace
-from study.trial import PLACES
 
 HOW_TO_GIVE = "study.gain_places(model, (inputs,))"
 
@@ -53,6 +53,8 @@ class ParameterRole:
     """Of gains and shifts: where their norm stands. Of weights: where the norm stands that takes their output, if one does."""
     scale_invariant: bool = False
     """Of weights: whether scaling it leaves the model's output unchanged in train mode."""
+    hidden: bool = False
+    """Of weights: whether another weight layer takes what it puts out, so that it is not the output layer's."""
 
 
 def gain_places(model: nn.Module, example: Example | None = None, *, places: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -114,9 +116,10 @@ def _found(model: nn.Module, example: Example | None) -> tuple[dict[str, Paramet
     _check_initialized(model)
     graph, failure = read(model, example)
     where = {**following_places(graph), **gain_and_shift_places(graph)} if graph else {}
-    invariant = scale_invariant_weights(graph) if graph else frozenset()
+    invariant, hidden = (scale_invariant_weights(graph), hidden_weights(graph)) if graph else (frozenset[str](), frozenset[str]())
     modules = dict(model.named_modules())
-    return {name: _role(name, modules, where, invariant, graph) for name, _ in model.named_parameters()}, failure
+    found = {name: _role(name, modules, where, invariant, graph) for name, _ in model.named_parameters()}
+    return {name: role and replace(role, hidden=role.role is Role.WEIGHT and name in hidden) for name, role in found.items()}, failure
 
 
 def read(model: nn.Module, example: Example | None) -> tuple[Graph | None, str]:

@@ -4,7 +4,8 @@ torch.fx runs the model on stand-ins. Modules of torch that stand for one operat
 read line by line, so that nothing with parameters stays a closed box.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
@@ -33,11 +34,26 @@ def trace(model: nn.Module) -> Graph:
 
 def trace_module(model: nn.Module) -> tuple[fx.GraphModule, Graph]:
     """Like `trace`, beside the traced module itself; its graph has one node for each of ours, in the same order."""
-    traced = _Tracer().trace(model)
+    with _unchanged(model):
+        traced = _Tracer().trace(model)
     builder, indices, names = Builder(), dict[fx.Node, int](), parameter_names(model)
     for step in traced.nodes:
         indices[step] = _add(step, builder, indices, model, names)
     return fx.GraphModule(model, traced), with_written_norms(builder.graph())
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Takes back what a forward pass writes into a model's attributes: while it is traced, stand-ins for tensors."""
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _add(step: fx.Node, builder: Builder, indices: Mapping[fx.Node, int], model: nn.Module, names: Mapping[int, str]) -> int:

@@ -7,8 +7,10 @@ rule            update (decay coupled: g stands for the gradient plus rate x (w 
 sgd             m = momentum m + g                                       nesterov: g + momentum m
 adam, adamw     (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 lion            sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g
+muon            m = momentum m + (1 - momentum) g, as a matrix, nearly orthogonalized      nesterov: of (1 - momentum) g + momentum m
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,6 +26,12 @@ State = dict[str, Any]
 
 UPDATE_NORM_DECAY = 0.9
 """Decay of the running mean square of updates in the rotational constraint."""
+
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 5
+"""Coefficients of x, x^3 and x^5 in muon's iteration, and how often it is applied: as torch.optim.Muon has them."""
+
+SMALLEST_NORM = 1e-7
+"""Norm below which muon does not bring a matrix to norm 1 first."""
 
 
 def sgd(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
@@ -60,7 +68,43 @@ def lion(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
     return torch.sign(first * before + (1 - first) * gradient)
 
 
-RULES: dict[str, Callable[[Tensor, State, dict[str, Any]], Tensor]] = {"sgd": sgd, "adam": adam, "adamw": adam, "lion": lion}
+def muon(gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+    """The moment of a weight, taken as a matrix of its output channels, with all singular values brought near 1.
+
+    A tall matrix moves farther by the root of its sides' ratio: torch's `adjust_lr_fn="original"`. torch.optim.Muon takes matrices only
+    and orthogonalizes in bfloat16; this rule takes kernels, too, and keeps the parameter's dtype.
+
+    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon.
+    """
+    momentum = group["momentum"]
+    moment: Tensor = momentum * state.get("m", torch.zeros_like(gradient)) + (1 - momentum) * gradient
+    state["m"] = moment
+    ahead: Tensor = momentum * moment + (1 - momentum) * gradient if group["nesterov"] else moment
+    matrix = ahead.reshape(len(ahead), -1)
+    return (orthogonalized(matrix) * muon_scale(matrix)).reshape(gradient.shape)
+
+
+def muon_scale(matrix: Tensor) -> float:
+    """How much farther muon moves a matrix [..., rows, columns] that has more rows than columns."""
+    return math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Matrices [..., rows, columns] with singular values between about 0.7 and 1.2 in place of all that are not next to nothing.
+
+    Newton-Schulz iteration with a quintic polynomial, whose slope at 0 is as steep as can be: it does not converge to 1.
+    """
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    found: Tensor = (matrix.mT if tall else matrix) / norm.clamp(min=SMALLEST_NORM)
+    first, third, fifth = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = found @ found.mT
+        found = first * found + (third * gram + fifth * (gram @ gram)) @ found
+    return found.mT if tall else found
+
+
+RULES: dict[str, Callable[[Tensor, State, dict[str, Any]], Tensor]] = {"sgd": sgd, "adam": adam, "adamw": adam, "lion": lion, "muon": muon}
 
 
 def norms(weight: Tensor, granularity: str) -> Tensor:
@@ -114,7 +158,7 @@ def scheduled_norm(step: int, steps: Sequence[int], values: Sequence[float]) -> 
 
 
 class PlannedOptimizer(Optimizer):
-    """Applies a decay plan that torch's own optimizers cannot express: anchors, other forms of decay, lion, constraints.
+    """Applies a decay plan that torch's own optimizers cannot express: anchors, other forms of decay, lion, muon, constraints.
 
     Each param group holds `rule`, `form`, `lr`, `weight_decay`, `anchor` (a number, or `init`), the rule's options, and `constraint`
     (its fields as a mapping) where its weights are constrained.

@@ -234,9 +234,11 @@ class EngineActor:
         if not self._pace.is_time_to_save():
             return
         start = time.monotonic()
-        for trial_id, one in asked.items():
-            if trial_id in self._engine and (snapshot := self._engine.snapshot(trial_id)).epoch == one.epoch:
-                snapshot.save(snapshot_path(self._folder, trial_id))
+        going_on = [trial_id for trial_id, one in asked.items() if (last := self._last.get(trial_id)) and last.measurement.epoch == one.epoch]
+        if not going_on:
+            return
+        for trial_id in going_on:
+            self._engine.snapshot(trial_id).save(snapshot_path(self._folder, trial_id))
         self._pace.saved = time.monotonic()
         self._pace.snapshot = self._pace.saved - start
 

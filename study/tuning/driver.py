@@ -27,7 +27,7 @@ from study.results.pictures import draw
 from study.spec import ObjectiveSpec, StudySpec
 from study.tracking.names import masked
 from study.tracking.outbox import Outbox
-from study.tracking.recorder import Recorder, git_commit
+from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec, flatten
 from study.tuning.choosing import Choice, choose
 from study.tuning.preflight import audit
@@ -42,6 +42,14 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("effective-lr-study", "torch", "ray", "optuna", "mlflow", "pydantic", "numpy")
 """Whose versions are remembered with a study."""
+
+WORKERS = {
+    "OMP_NUM_THREADS": "1",
+    # Tensors of some megabytes come and go with every step: memory that is freed is kept, as fetching it anew costs up to a tenth of the time.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
+"""Environment of the processes that train."""
 
 Watch = Callable[[StudyFolder, threading.Event], AbstractContextManager[None]]
 """Shows the progress of a study while it runs; the event is set once the user has asked it to stop."""
@@ -76,7 +84,7 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
     with folder.running():
         folder.remember(spec)
         if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= spec.search.trials:
-            return _read(folder)
+            return _read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
         store = tracking_uri_for(base, tracking_uri)
@@ -92,7 +100,8 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         if undelivered:
             raise undelivered[0]
         artifacts += draw(folder, spec, result.trials, recorder.attach)
-        recorder.finish("finished" if result.best else "failed", artifacts)
+        tags = _verify(folder, spec, result.trials)
+        recorder.finish("finished" if result.best else "failed", [*artifacts, folder.claims], tags=tags)
         folder.update(state="finished" if result.best else "failed")
         return result
 
@@ -277,7 +286,7 @@ def _ray(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
+    environment = {"env_vars": {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
     ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -368,13 +377,30 @@ def _kept_weights(folder: StudyFolder, records: list[TrialRecord], best: BestCon
     return kept
 
 
-def _read(folder: StudyFolder) -> StudyResult:
+def _verify(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame") -> dict[str, str]:
+    """Tests the study's claims, writes their verdicts into its folder and returns the tags of its run; a claim that cannot be tested is logged."""
+    from study.results.claims import verdict_tags, verify_each, write_verdicts
+
+    verdicts, problems = verify_each(spec.claims, table)
+    for problem in problems:
+        log.warning("warning: not tested: %s", problem)
+    write_verdicts(verdicts, folder.claims)
+    return verdict_tags(verdicts)
+
+
+def _read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
+    """The result of a study that has ended; claims that it did not make before are tested now."""
     import pandas as pd
 
     from study.results.best import read_best
 
     best = read_best(folder.best) if folder.best.exists() else None
-    return StudyResult(folder.card().study_id, best, pd.read_parquet(folder.table))
+    table = pd.read_parquet(folder.table)
+    before = folder.claims.read_text("utf-8") if folder.claims.exists() else ""
+    tags = _verify(folder, spec, table)
+    if spec.claims and folder.claims.read_text("utf-8") != before:
+        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec], tags)
+    return StudyResult(folder.card().study_id, best, table)
 
 
 def trial_table(records: list[TrialRecord]) -> "pd.DataFrame":
@@ -385,8 +411,9 @@ def trial_table(records: list[TrialRecord]) -> "pd.DataFrame":
     rows = []
     for record in records:
         fields = flatten(TrialSpec.model_validate(record.trial).model_dump(mode="json"))
+        settled = {"equilibrated": record.metrics.get("final/equilibrated") == 1}
         plain = {path: json.dumps(value) if isinstance(value, list | dict) else value for path, value in fields.items()}
-        rows.append({**{name: getattr(record, name) for name in own}, **plain, **record.metrics})
+        rows.append({**{name: getattr(record, name) for name in own}, **settled, **plain, **record.metrics})
     return pd.DataFrame(rows)
 
 

@@ -36,7 +36,9 @@ def measure() -> Iterator[tuple[str, list[float], str]]:
 
 
 def _extra_copies() -> float:
-    plain, traced = (int(subprocess.run([sys.executable, "-m", "tests.benchmarks.trace", flag], check=True, capture_output=True).stdout) for flag in ("", "traced"))
+    plain, traced = (
+        int(subprocess.run([sys.executable, "-m", "tests.benchmarks.trace", flag], check=True, capture_output=True).stdout) for flag in ("", "traced")
+    )
     return (traced - plain) * 1024 / (4 * DEPTH * WIDTH * WIDTH)
 
 

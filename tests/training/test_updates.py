@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from study.errors import ModelError
+from study.optimizer import OptimizerSpec
 from study.training.decay import build_optimizer, decay_plan, optimizer_for
 from study.training.effective_lr import EffectiveLR
 from study.training.models import build_model
 from study.training.roles import parameter_roles
 from study.training.schedules import build_scheduler
 from study.training.updates import boxed, rescaled, scheduled_norm
-from study.trial import ModelSpec, OptimizerSpec, ScheduleSpec
+from study.trial import ModelSpec, ScheduleSpec
 
 STEPS = 8
 

@@ -1,5 +1,6 @@
 """Studies end to end, through real Ray, Optuna and MLflow: what was trained, told and remembered agrees."""
 
+import json
 import math
 import os
 import shutil
@@ -146,6 +147,25 @@ def test_a_study_is_trained_told_and_remembered(home: Path) -> None:
     best = result.best
     assert best.objective.value == min(child.data.metrics["val/error"] for child in completed)
     assert not list((home / "whole" / "trials").glob("*/snapshot*"))
+
+
+def test_claims_are_tested_at_the_end_and_later_ones_on_the_same_trials(home: Path) -> None:
+    """One seed is too few for any verdict; a claim that cannot be tested costs the study nothing."""
+    slope = {"says": "It grows.", "slope": {"y": "final/val/error", "x": "optimizer.lr"}, "expect": {"above": 0}}
+    paired = {"metric": "final/val/error", "arm": "optimizer.gamma", "a": "all", "b": "none", "paired_by": "seed"}
+    claims = [{"id": "first", **slope}, {"id": "untestable", "says": "It helps.", "contrast": paired, "expect": {"below": 0}}]
+    result = run(spec("claims", trials=6, claims=claims[:1]), home=home)
+    assert set(result.trials["equilibrated"]) <= {False, True}
+    parent, children, client = mlflow_runs(home, "claims")
+    assert parent.data.tags["study.claim.first"] == "inconclusive"
+    again = run(spec("claims", trials=6, claims=[*claims, {"id": "later", **slope}]), home=home)
+    assert again.study_id == result.study_id and len(again.trials) == 6
+    parent, after, client = mlflow_runs(home, "claims")
+    assert (parent.info.status, len(after)) == ("FINISHED", len(children))
+    assert parent.data.tags["study.claim.later"] == "inconclusive" and "study.claim.untestable" not in parent.data.tags
+    kept = json.loads(Path(client.download_artifacts(parent.info.run_id, "claims.json", str(home))).read_text())
+    assert [claim["id"] for claim in kept["claims"]] == ["first", "later"] and kept["tested"] == 2
+    assert kept == json.loads((home / "claims" / "claims.json").read_text())
 
 
 def values_of(trials: pd.DataFrame) -> dict[str, float]:

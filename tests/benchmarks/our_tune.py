@@ -1,0 +1,67 @@
+"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result.
+
+python -m tests.benchmarks.our_tune FOLDER NETWORK ENGINE [--mlflow]
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+from study.home import StudyFolder
+from study.spec import StudySpec
+from study.tracking.outbox import Outbox
+from tests.benchmarks.study_run import EPOCHS, GRACE, NETWORKS, REDUCTION, TRIALS
+
+
+def spec_of(network: str, engine: str) -> StudySpec:
+    """The study: learning rate, decay and two gamma policies, under ASHA."""
+    return StudySpec.model_validate(
+        {
+            "name": "ours",
+            "trial": {**NETWORKS[network], "schedule": {"epochs": EPOCHS}},
+            "space": {
+                "optimizer.lr": {"low": 1e-2, "high": 1.0, "log": True},
+                "optimizer.weight_decay": {"low": 1e-4, "high": 1e-1, "log": True},
+                "optimizer.gamma": {"choices": ["none", "all"]},
+            },
+            "search": {"trials": TRIALS, "seed": 0},
+            "objective": {"metric": "val/error", "direction": "minimize"},
+            "stopping": {"scheduler": "asha", "grace": GRACE, "reduction": REDUCTION},
+            "resources": {"engine": engine},
+        }
+    )
+
+
+def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
+    """Runs the study, with its records in MLflow or in the ledger alone."""
+    start = time.time()
+    spec, home = spec_of(network, engine), Path(folder)
+    if mlflow:
+        from study.tuning.driver import run
+
+        run(spec, home=home)
+    else:
+        _without_mlflow(spec, home)
+    measured = [when for _, when in _measurements(StudyFolder.find(home, spec.name).path)]
+    print(json.dumps({"all": time.time() - start, "warm": time.time() - min(measured) / 1000}))
+
+
+def _without_mlflow(spec: StudySpec, home: Path) -> None:
+    from study.tuning.choosing import choose
+    from study.tuning.driver import tune_study
+    from study.tuning.search import Search
+
+    folder = StudyFolder.prepare(home, spec)
+    tune_study(spec, folder.path, Search(spec, folder.journal), Outbox(folder.path), [], threading.Event(), choose(spec, home))
+
+
+def _measurements(folder: Path) -> list[tuple[str, int]]:
+    """Trial and time, in ms, of everything that was measured."""
+    outbox = Outbox(folder)
+    return [(entry.trial_id, when) for entry in outbox.entries() for _, when in outbox.measured(entry.trial_id, before=1 << 62)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], "--mlflow" in sys.argv)
