@@ -103,15 +103,16 @@ class Interval:
 
     def _update(self, number: int, gradients: list[Tensor | None], tables: Mapping[str, Tensor]) -> None:
         used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        vectors = Vectors({name: table[number] for name, table in tables.items()})
+        place = {index: position for position, index in enumerate(used)}
+        vectors = Vectors({_renumbered(name, place): table[number] for name, table in tables.items()})
         weights, slopes = [self.weights[index].detach() for index in used], [gradient for gradient in gradients if gradient is not None]
         if "clip" in vectors:
             slopes = clipped(slopes, vectors["clip"])
-        place = {index: position for position, index in enumerate(used)}
         watched = self._watched(number)
         moments = {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()}
         decays = {place[index]: decay for index, decay in self.decays.items() if index in place}
-        how = replace(self.bank.how, aux=frozenset(place[index] for index in self.bank.how.aux if index in place))
+        aux, held = (frozenset(place[index] for index in which if index in place) for which in (self.bank.how.aux, self.bank.how.held))
+        how = replace(self.bank.how, aux=aux, held=held)
         seen = step(how, weights, slopes, moments, decays, vectors, [place[index] for index in watched if index in place])
         if watched:
             found = {used[position]: dots for position, dots in seen.items()}
@@ -333,6 +334,12 @@ class Interval:
         """The metrics of the gains of each trial."""
         stacked = [stacked_samples(role.place, self.values[role.name]) for role in self.bank.roles if role.role is Role.GAIN]
         return [by_place([samples[row] for samples in stacked]) for row in range(len(self.members))]
+
+
+def _renumbered(name: str, place: Mapping[int, int]) -> str:
+    """The name of a table that belongs to one parameter, among those that have a gradient."""
+    kind, _, index = name.partition(" ")
+    return f"{kind} {place.get(int(index), index)}" if index.isdigit() else name
 
 
 def _described(rule: str, optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, Any]:
