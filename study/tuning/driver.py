@@ -10,46 +10,36 @@ import os
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from study.errors import InputError, Interrupted, TrackingUnavailable
+from study.errors import Interrupted, TrackingUnavailable
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
 from study.results.pictures import draw
-from study.spec import ObjectiveSpec, StudySpec
+from study.spec import StudySpec
 from study.tracking.names import masked
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec, flatten
 from study.tuning.choosing import Choice, choose
+from study.tuning.hosting import history_of, tune_study
 from study.tuning.preflight import audit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from study.tuning.search import Proposal, Search
-    from study.tuning.stopping import History
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("effective-lr-study", "torch", "ray", "optuna", "mlflow", "pydantic", "numpy")
 """Whose versions are remembered with a study."""
-
-WORKERS = {
-    "OMP_NUM_THREADS": "1",
-    # Tensors of some megabytes come and go with every step: memory that is freed is kept, as fetching it anew costs up to a tenth of the time.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-}
-"""Environment of the processes that train."""
 
 Watch = Callable[[StudyFolder, threading.Event], AbstractContextManager[None]]
 """Shows the progress of a study while it runs; the event is set once the user has asked it to stop."""
@@ -134,12 +124,12 @@ def _search(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: thr
     for trial_id, (ending, value) in search.told().items():
         if trial_id in outbox.orphans():
             settle(outbox, folder.path, trial_id, ending, value)
-    left = [(proposal, _history(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
+    left = [(proposal, history_of(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
     if left or search.unasked:
         tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
     cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
     for proposal in search.running():
-        history = [objective for _, objective in _history(outbox, proposal.trial_id, spec.objective)]
+        history = [objective for _, objective in history_of(outbox, proposal.trial_id, spec.objective)]
         value = spec.objective.value(history) if history else None
         if not interrupt.is_set():
             outbox.start(proposal.trial_id, arm=proposal.arm, trial=proposal.trial.canonical())
@@ -149,151 +139,6 @@ def _search(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: thr
         # An engine may write a trial's snapshot once more before it hears that the trial was stopped.
         if record.outcome is not Outcome.INTERRUPTED:
             snapshot_path(folder.path, record.trial_id).unlink(missing_ok=True)
-
-
-def _history(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "History":
-    return [(seen.epoch, seen.values[objective.metric]) for seen in outbox.history(trial_id) if objective.metric in seen.values]
-
-
-def tune_study(
-    spec: StudySpec,
-    folder: Path,
-    search: "Search",
-    outbox: Outbox,
-    left: list[tuple["Proposal", "History"]],
-    interrupt: threading.Event,
-    choice: Choice,
-) -> None:
-    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set."""
-    _quiet_hosts()
-    import ray
-    from ray import tune
-
-    from study.tuning.callbacks import LedgerCallback
-    from study.tuning.search import JournalSearcher
-    from study.tuning.stopping import stopping
-
-    resources = spec.resources
-    settings = {
-        "folder": str(folder.resolve()),
-        "objective": spec.objective.model_dump_json(),
-        "device": "cuda" if resources.gpus_per_trial else "cpu",
-        "keep_weights": spec.keep.weights,
-    }
-    going_on = {proposal.trial_id for proposal, _ in left}
-    ended = [(record.arm, _history(outbox, record.trial_id, spec.objective)) for record in outbox.records() if record.trial_id not in going_on]
-    resumed = {proposal.trial_id: history for proposal, history in left}
-    with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
-        tune.run(
-            trainable,
-            name="ray",
-            storage_path=str(folder.resolve()),
-            search_alg=JournalSearcher(search, settings, left, _tags),
-            scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
-            stop=_stopper(spec, interrupt),
-            callbacks=[LedgerCallback(outbox, folder)],
-            num_samples=search.unasked + len(left),
-            resources_per_trial=share,
-            reuse_actors=True,
-            max_failures=2,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
-            raise_on_failed_trial=False,
-            verbose=0,
-        )
-
-
-@contextmanager
-def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any]) -> Iterator[tuple[Any, dict[str, float]]]:
-    """What Tune runs for each trial, and what each reserves; engines for it while the block lasts.
-
-    The settings of the trials are told how to find the engines.
-    """
-    from study.tuning.trainables import FusedTrainable, SoloTrainable
-
-    resources = spec.resources
-    if choice.engine == "solo":
-        yield SoloTrainable, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
-        return
-    from study.tuning.actor import pool
-
-    arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
-    with pool({**arguments, "keep": settings["keep_weights"]}) as name:
-        settings["pool"] = name
-        # Rounded down, so that as many proxies as slots fit.
-        share = int(10_000 / choice.slots) / 10_000
-        yield FusedTrainable, {"cpu": 0.0, "gpu": share} if resources.gpus_per_trial else {"cpu": share}
-
-
-def _tags(trial: TrialSpec) -> dict[str, str]:
-    """More tags of a trial's MLflow run; none where its model cannot be built, which the trial itself will say."""
-    from study.training.plans import plan_hash_of
-
-    try:
-        return {"study.plan_hash": plan_hash_of(trial)}
-    except InputError:
-        return {}
-
-
-def _longest(spec: StudySpec) -> int:
-    axis = spec.space.get("schedule.epochs")
-    return spec.trial.schedule.epochs if axis is None else int(max(value for value in axis.endpoints() if isinstance(value, int | float)))
-
-
-def _stopper(spec: StudySpec, interrupt: threading.Event) -> Any:
-    from ray.tune import Stopper
-
-    class StudyStopper(Stopper):
-        """Ends the whole study at Ctrl-C and when its budget is spent."""
-
-        def __init__(self) -> None:
-            self.deadline = time.monotonic() + spec.budget.wall if spec.budget.wall else float("inf")
-            self.gpu_seconds = 0.0
-
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            self.gpu_seconds += result.get("time_this_iter_s", 0.0) * spec.resources.gpus_per_trial
-            return False
-
-        def stop_all(self) -> bool:
-            spent = spec.budget.gpu_hours is not None and self.gpu_seconds > 0 and self.gpu_seconds >= spec.budget.gpu_hours * 3600
-            return interrupt.is_set() or spent or time.monotonic() > self.deadline
-
-        def __reduce__(self) -> tuple[object, ...]:
-            return (dict, ())
-
-    return StudyStopper()
-
-
-def _quiet_hosts() -> None:
-    """Tune's own loggers, tables and Ctrl-C handling are replaced by ours; nothing phones home."""
-    defaults = {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Trials start a few at a time: the first ones train while the processes of others start.
-        "TUNE_MAX_PENDING_TRIALS_PG": "2",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _ray(ray: Any) -> Iterator[None]:
-    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone."""
-    if ray.is_initialized():
-        yield
-        return
-    environment = {"env_vars": {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
-    address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
-    ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

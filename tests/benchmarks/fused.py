@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from study.tuning.driver import WORKERS
+from study.tuning.hosting import WORKERS
 from tests.benchmarks.solo import TRIALS
 
 NETWORKS = {
@@ -25,7 +25,7 @@ NETWORKS = {
 }
 """Name to trial, batch size, rows of the fused engine, and what its ratio to the solo engine is to be."""
 
-ROUNDS = 7
+ROUNDS = 5
 SECONDS = 1.0
 """How long every kind trains in each round, at least."""
 

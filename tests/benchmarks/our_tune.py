@@ -50,7 +50,7 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
 
 def _without_mlflow(spec: StudySpec, home: Path) -> None:
     from study.tuning.choosing import choose
-    from study.tuning.driver import tune_study
+    from study.tuning.hosting import tune_study
     from study.tuning.search import Search
 
     folder = StudyFolder.prepare(home, spec)

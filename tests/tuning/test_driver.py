@@ -238,7 +238,7 @@ def test_the_budget_ends_trials_as_stopped_and_the_study_cleanly(home: Path, mon
     """The driver's clock stands still until a trial is under way, and then the budget is spent."""
     studied = spec("short", trial={**TRIAL, "schedule": {"epochs": 5000, "shape": "constant"}}, trials=2, budget={"wall": 3600}, **SERIAL)
     outbox = Outbox(home / "short")
-    monkeypatch.setattr("study.tuning.driver.time", SimpleNamespace(monotonic=lambda: 7200.0 * any(entry.epoch for entry in outbox.entries())))
+    monkeypatch.setattr("study.tuning.hosting.time", SimpleNamespace(monotonic=lambda: 7200.0 * any(entry.epoch for entry in outbox.entries())))
     result = run(studied, home=home)
     all_agree(home, studied, trials=len(result.trials))
     assert result.best is None and result.trials["epoch"].max() >= 1

@@ -1,0 +1,178 @@
+"""Hosting: a study's trials under Ray Tune. What Tune runs for each trial, with which searcher, scheduler and callbacks, and on which Ray.
+
+search ─> JournalSearcher ─┐
+stopping ─> ArmScheduler ──┼── tune.run ── SoloTrainable, or FusedTrainable and a pool of engines ──> LedgerCallback ─> ledger
+interrupt, budget ─> stop ─┘
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.errors import InputError
+from study.spec import ObjectiveSpec, StudySpec
+from study.tracking.outbox import Outbox
+from study.trial import TrialSpec
+from study.tuning.choosing import Choice
+
+if TYPE_CHECKING:
+    from study.tuning.search import Proposal, Search
+    from study.tuning.stopping import History
+
+WORKERS = {
+    "OMP_NUM_THREADS": "1",
+    # Tensors of some megabytes come and go with every step: memory that is freed is kept, as fetching it anew costs up to a tenth of the time.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
+"""Environment of the processes that train."""
+
+
+def history_of(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "History":
+    return [(seen.epoch, seen.values[objective.metric]) for seen in outbox.history(trial_id) if objective.metric in seen.values]
+
+
+def tune_study(
+    spec: StudySpec,
+    folder: Path,
+    search: "Search",
+    outbox: Outbox,
+    left: list[tuple["Proposal", "History"]],
+    interrupt: threading.Event,
+    choice: Choice,
+) -> None:
+    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set."""
+    _quiet_hosts()
+    import ray
+    from ray import tune
+
+    from study.tuning.callbacks import LedgerCallback
+    from study.tuning.search import JournalSearcher
+    from study.tuning.stopping import stopping
+
+    resources = spec.resources
+    settings = {
+        "folder": str(folder.resolve()),
+        "objective": spec.objective.model_dump_json(),
+        "device": "cuda" if resources.gpus_per_trial else "cpu",
+        "keep_weights": spec.keep.weights,
+    }
+    going_on = {proposal.trial_id for proposal, _ in left}
+    ended = [(record.arm, history_of(outbox, record.trial_id, spec.objective)) for record in outbox.records() if record.trial_id not in going_on]
+    resumed = {proposal.trial_id: history for proposal, history in left}
+    with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
+        tune.run(
+            trainable,
+            name="ray",
+            storage_path=str(folder.resolve()),
+            search_alg=JournalSearcher(search, settings, left, _tags),
+            scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
+            stop=_stopper(spec, interrupt),
+            callbacks=[LedgerCallback(outbox, folder)],
+            num_samples=search.unasked + len(left),
+            resources_per_trial=share,
+            reuse_actors=True,
+            max_failures=2,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+@contextmanager
+def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any]) -> Iterator[tuple[Any, dict[str, float]]]:
+    """What Tune runs for each trial, and what each reserves; engines for it while the block lasts.
+
+    The settings of the trials are told how to find the engines.
+    """
+    from study.tuning.trainables import FusedTrainable, SoloTrainable
+
+    resources = spec.resources
+    if choice.engine == "solo":
+        yield SoloTrainable, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+        return
+    from study.tuning.actor import pool
+
+    arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
+    with pool({**arguments, "keep": settings["keep_weights"]}) as name:
+        settings["pool"] = name
+        # Rounded down, so that as many proxies as slots fit.
+        share = int(10_000 / choice.slots) / 10_000
+        yield FusedTrainable, {"cpu": 0.0, "gpu": share} if resources.gpus_per_trial else {"cpu": share}
+
+
+def _tags(trial: TrialSpec) -> dict[str, str]:
+    """More tags of a trial's MLflow run; none where its model cannot be built, which the trial itself will say."""
+    from study.training.plans import plan_hash_of
+
+    try:
+        return {"study.plan_hash": plan_hash_of(trial)}
+    except InputError:
+        return {}
+
+
+def _longest(spec: StudySpec) -> int:
+    axis = spec.space.get("schedule.epochs")
+    return spec.trial.schedule.epochs if axis is None else int(max(value for value in axis.endpoints() if isinstance(value, int | float)))
+
+
+def _stopper(spec: StudySpec, interrupt: threading.Event) -> Any:
+    from ray.tune import Stopper
+
+    class StudyStopper(Stopper):
+        """Ends the whole study at Ctrl-C and when its budget is spent."""
+
+        def __init__(self) -> None:
+            self.deadline = time.monotonic() + spec.budget.wall if spec.budget.wall else float("inf")
+            self.gpu_seconds = 0.0
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            self.gpu_seconds += result.get("time_this_iter_s", 0.0) * spec.resources.gpus_per_trial
+            return False
+
+        def stop_all(self) -> bool:
+            spent = spec.budget.gpu_hours is not None and self.gpu_seconds > 0 and self.gpu_seconds >= spec.budget.gpu_hours * 3600
+            return interrupt.is_set() or spent or time.monotonic() > self.deadline
+
+        def __reduce__(self) -> tuple[object, ...]:
+            return (dict, ())  # Tune pickles the stopper beside its own state, which nobody reads
+
+    return StudyStopper()
+
+
+def _quiet_hosts() -> None:
+    """Tune's own loggers, tables and Ctrl-C handling are replaced by ours; nothing phones home."""
+    defaults = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Trials start a few at a time: the first ones train while the processes of others start.
+        "TUNE_MAX_PENDING_TRIALS_PG": "2",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _ray(ray: Any) -> Iterator[None]:
+    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    environment = {"env_vars": {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
+    address = os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
+    ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
