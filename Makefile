@@ -11,11 +11,12 @@ PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check 
 
 # Two processes: the slow tests wait for other processes more than they compute. tests/conftest.py says which tests share one.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+SHORT = -m "not long"
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check check-long bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed ## Search a real problem in minutes: search_spaces/quickstart.yaml, and its best config
 	@$(BIN)/study run search_spaces/quickstart.yaml
@@ -25,14 +26,17 @@ demo: .venv/.installed ## Search a real problem in minutes: search_spaces/quicks
 	@echo "The best config is in       $${STUDY_HOME:-studies}/quickstart/best.yaml"
 
 test: .venv/.installed ## Run the tests
-	@$(PYTEST)
+	@$(PYTEST) $(SHORT)
 
 check: .venv/.installed ## What CI runs: format, lint, types, imports, tests
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache  # a cache does not notice that a module is new
-	@$(PYTEST)
+	@$(PYTEST) $(SHORT)
+
+check-long: .venv/.installed ## The tests that check leaves out: more of the same, and slow
+	@$(PYTEST) -m long
 
 bench: .venv/.installed ## Measure our overhead, as ratios
 	@$(BIN)/python -m tests.benchmarks.run

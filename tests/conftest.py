@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 QUICKSTART = ("test_mlflow_ui.py", "test_quickstart.py", "test_readme.py")
 """Files that look at the quickstart."""
 
-SLOW = ("quickstart", "test_driver.py")
+SLOW = ("quickstart", "test_driver.py", "test_actor.py", "test_conformance.py")
 """Groups of tests that take minutes: begun first, so that the last process does not work alone."""
 
 

@@ -1,6 +1,6 @@
 """Every engine trains a trial as the solo engine does, whoever its neighbours are, wherever its row lies, whenever it came."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def more_data() -> Iterator[None]:
         yield
 
 
+def some(cases: Iterable[str], number: int) -> list[Any]:
+    """The first cases always, the others with the long tests."""
+    return [pytest.param(case, marks=[pytest.mark.long] if index >= number else []) for index, case in enumerate(cases)]
+
+
 def hold(specs: dict[str, TrialSpec], capacity: int, arithmetic: str = "auto", tolerance: float = TOLERANCE) -> None:
     """Trials in a fused engine become what each becomes alone."""
     found = fused(specs, capacity, arithmetic)
@@ -70,7 +75,7 @@ def sources(life: Life) -> set[str]:
     return {sample.source for progress in life.progress for sample in progress.measurement.samples}
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", some(NORMS, 2))
 @pytest.mark.parametrize(("rule", "form"), [(rule, form) for rule in RULES for form in FORMS if (rule, form) != ("muon", "coupled")])
 def test_every_rule_form_and_norm_under_many_policies_and_schedules(rule: str, form: str, norm: str) -> None:
     """Eight trials in turn on an MLP; four in turn on a model of convolutions. A group of two units has next to no gradient."""
@@ -259,7 +264,7 @@ def exact(case: str, numbers: range = range(16)) -> dict[str, TrialSpec]:
     return trials(numbers, rule=rule, **{"precision": "float32", **sections, "schedule": schedule})
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", some(EXACT, 4))
 def test_the_bits_of_a_trial_do_not_depend_on_rows_neighbours_or_their_number(case: str) -> None:
     """All sixteen in order and in another; four at a time, which are compacted and refilled; three alone."""
     specs = exact(case)
@@ -271,7 +276,7 @@ def test_the_bits_of_a_trial_do_not_depend_on_rows_neighbours_or_their_number(ca
             assert_same_bits(life, whole[name])
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", some(EXACT, 4))
 def test_a_neighbour_that_leaves_the_numbers_changes_no_bit(case: str) -> None:
     specs = exact(case, range(3))
     alone = fused(specs, 3)
@@ -284,7 +289,7 @@ def test_a_neighbour_that_leaves_the_numbers_changes_no_bit(case: str) -> None:
         assert_same_bits(life, alone[name])
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("case", some(EXACT, 4))
 def test_a_snapshot_goes_on_bit_for_bit_in_another_row_among_others(case: str, tmp_path: Path) -> None:
     specs = exact(case, range(6))
     whole = fused(specs, 6)

@@ -383,6 +383,7 @@ def test_a_fused_study_is_told_and_remembered_as_a_solo_one_is(undisturbed: tupl
         assert "model.safetensors" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
+@pytest.mark.long
 def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path) -> None:
     studied = spec("halved", trial=TRIAL, trials=10, stopping={"scheduler": "asha", "grace": 1, "reduction": 2}, **FUSED)
     result = run(studied, home=home)
@@ -461,6 +462,7 @@ def interrupted_after(epochs: int, folder: StudyFolder, interrupt: threading.Eve
         thread.join()
 
 
+@pytest.mark.long
 def test_an_interrupted_study_goes_on_from_snapshots(users_code: Path, home: Path, undisturbed: tuple[Path, pd.DataFrame]) -> None:
     (users_code / "counting_metric.py").write_text(COUNTING)
     studied = same("import:counting_metric:metric")
@@ -475,6 +477,7 @@ def test_an_interrupted_study_goes_on_from_snapshots(users_code: Path, home: Pat
     assert 8 * EPOCHS <= (users_code / "counted").read_text().count("\n") <= 8 * EPOCHS + 4 * 2
 
 
+@pytest.mark.long
 def test_an_error_in_the_users_code_fails_one_trial_of_those_in_a_step(users_code: Path, home: Path, tmp_path: Path) -> None:
     """The metric knows the unwanted trial by the sum of its validation labels."""
     data = DataSpec.model_validate({**TRIAL["data"], "seed": 2})
