@@ -23,6 +23,11 @@ def parallel(shared: bool, branches_first: bool) -> nn.Module:
     return nn.Sequential(*(f.Parallel(8, shared, branches_first) for _ in range(3)), nn.LayerNorm(8), nn.Linear(8, 5))
 
 
+def mlp() -> nn.Module:
+    layers = [part for _ in range(3) for part in (nn.Linear(8, 8, bias=False), nn.LayerNorm(8), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(8, 5))
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], dict[str, int]]] = {
     "resnet-18": (partial(f.resnet, f.basic, (2, 2, 2, 2), (4, 6, 8, 10)), IMAGES, {"stem": 1, "inner": 8, "last": 8, "down": 3}),
     "resnet-18, stochastic depth": (
@@ -39,6 +44,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...], dict[s
     "mobilenet": (f.mobilenet, IMAGES, {"stem": 7, "inner": 2, "last": 1, "final": 1}),
     "darknet": (f.darknet, IMAGES, {"stem": 1, "inner": 2, "last": 2}),
     "vgg-bn": (f.vgg, IMAGES, {"inner": 3, "final": 1}),
+    "mlp": (mlp, TOKENS, {"inner": 2, "final": 1}),
     "vit-12": (f.ViT, IMAGES, {"inner": 24, "final": 1}),
     "parallel branches": (partial(parallel, False, False), TOKENS, {"inner": 6, "final": 1}),
     "parallel branches, one norm": (partial(parallel, True, False), TOKENS, {"inner": 3, "final": 1}),
