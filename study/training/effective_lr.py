@@ -147,7 +147,7 @@ class EffectiveLR:
             [weight for _, weight, _, _ in moved],
             [_numbers(optimizer, weight, optimizer.param_groups[index], start) for _, weight, index, start in moved],
         )
-        for (role, weight, index, start), (norm2, along, moved2, gradient2, inverse) in zip(moved, numbers, strict=True):
+        for (role, weight, index, start), (norm2, along, moved2, gradient2, *inverse) in zip(moved, numbers, strict=True):
             group, theory = optimizer.param_groups[index], theories[index]
             steps = self.step - self._products[index][1]
             self._sample[role.layer] = LayerSample(
@@ -165,7 +165,7 @@ class EffectiveLR:
                 rotation=rotation(norm2, along, moved2),
                 rotation_expected=theory.rotation_expected if role.scale_invariant else None,
                 relaxation_time=1 / theory.rate if theory.rate else None,
-                coordinate_rate=None if math.isnan(inverse) else float(group["lr"]) * inverse / weight.numel(),
+                coordinate_rate=float(group["lr"]) * inverse[0] / weight.numel() if inverse else None,
             )
             if self._keeps_filters:
                 self._filters[role.layer] = _filter_sample(start, weight, group, theory)
@@ -235,29 +235,25 @@ def _was_skipped(optimizer: Optimizer) -> bool:
 
 
 def _numbers(optimizer: Optimizer, weight: Tensor, group: Mapping[str, Any], before: Tensor) -> Tensor:
-    """<w,w>, <w,d>, <d,d>, <g,g> and the sum of Adam's inverse roots over a weight, or over the part of it that is here."""
+    """<w,w>, <w,d>, <d,d>, <g,g> over a weight, or over the part of it that is here; and the sum of Adam's inverse roots, if it has them."""
     assert weight.grad is not None
-    return torch.cat((dots(before, local(weight), local(weight.grad)), _inverse_roots(optimizer.state.get(weight, {}), group, before)))
+    own, state = dots(before, local(weight), local(weight.grad)), optimizer.state.get(weight, {})
+    second = state.get("exp_avg_sq", state.get("v"))
+    if second is None or not {"betas", "eps"} <= group.keys():
+        return own
+    corrected = local(second).to(_wide(weight)) / (1 - float(group["betas"][1]) ** float(state["step"]))
+    return torch.cat((own, (1 / (corrected.sqrt() + float(group["eps"]))).sum().reshape(1)))
 
 
 def dots(before: Tensor, after: Tensor, gradient: Tensor) -> Tensor:
     """<w,w>, <w,d>, <d,d> and <g,g> with d = after - before, accumulated in float64; shape [4]."""
-    total = torch.zeros(4, dtype=_wide(before), device=before.device)
-    for start, end, slope in zip(*(torch.split(tensor.reshape(-1), CHUNK) for tensor in (before, after, gradient)), strict=True):
-        w, g = start.to(total.dtype), slope.to(total.dtype)
-        d = end.to(total.dtype) - w
-        total += torch.stack((w.dot(w), w.dot(d), d.dot(d), g.dot(g)))
-    return total
-
-
-def _inverse_roots(state: Mapping[str, Any], group: Mapping[str, Any], weight: Tensor) -> Tensor:
-    """The sum over coordinates of 1 / (sqrt(v) + eps), v bias-corrected; NaN for rules without a second moment. Shape [1]."""
-    second = state.get("exp_avg_sq", state.get("v"))
-    if second is None or not {"betas", "eps"} <= group.keys():
-        return torch.full((1,), math.nan, dtype=_wide(weight), device=weight.device)
-    corrected = local(second).to(_wide(weight)) / (1 - float(group["betas"][1]) ** float(state["step"]))
-    total: Tensor = (1 / (corrected.sqrt() + float(group["eps"]))).sum().reshape(1)
-    return total
+    wide = _wide(before)
+    parts = []
+    for start, end, slope in zip(*(torch.split(tensor.detach().reshape(-1), CHUNK) for tensor in (before, after, gradient)), strict=True):
+        w, g = start.to(wide), slope.to(wide)
+        d = end.to(wide) - w
+        parts.append(torch.stack((w.dot(w), w.dot(d), d.dot(d), g.dot(g))))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def _filter_sample(before: Tensor, weight: Tensor, group: Mapping[str, Any], theory: Theory) -> FilterSample:

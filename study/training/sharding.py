@@ -60,13 +60,13 @@ def summed_over_shards(parameters: Sequence[Tensor], numbers: Sequence[Tensor]) 
     All processes must call it with the same parameters. One transfer from the device, and one exchange for each way of sharding.
 
     Args:
-        numbers: For each parameter a vector of what its local part adds; all of one length.
+        numbers: For each parameter a vector of what its local part adds.
     """
     found: list[list[float]] = [[] for _ in parameters]
     groups: dict[object, list[int]] = {}
     for index, parameter in enumerate(parameters):
         way = (parameter.device_mesh, parameter.placements) if _is_sharded(parameter) else parameter.device  # type: ignore[attr-defined]
-        groups.setdefault(way, []).append(index)
+        groups.setdefault((way, len(numbers[index])), []).append(index)
     for members in groups.values():
         table = _added_up(torch.stack([numbers[index] for index in members]), parameters[members[0]])
         for index, row in zip(members, table.tolist(), strict=True):
