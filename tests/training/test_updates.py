@@ -252,22 +252,36 @@ def test_rescaled_weights_keep_their_effective_lr_exactly_and_others_keep_decayi
     assert len(seen) >= 2 and max(seen) / min(seen) - 1 < 1e-6
 
 
-def test_volumization_with_a_box_of_nothing_is_decoupled_decay() -> None:
-    """V = 0, alpha = 1 - lr wd: every coordinate shrinks by lr wd after the step. Source: Ziyin et al., arXiv:2003.11243."""
+def box_of_nothing(model: nn.Module, lr: float, decay: float) -> torch.optim.Optimizer:
+    """Volumization with V = 0 and alpha = 1 - lr decay."""
+    constraint = {"name": "volumization", "bound": 0.0, "strength": 1 - lr * decay}
+    spec = OptimizerSpec.model_validate({"lr": lr, "momentum": 0.0, "constraint": constraint})
+    return optimizer_for(model, decay_plan(parameter_roles(model), spec), spec)
+
+
+def test_volumization_with_a_box_of_nothing_is_decoupled_decay_after_the_step() -> None:
+    """Every coordinate shrinks by lr wd once it has moved: exactly. Source: Ziyin et al., arXiv:2003.11243."""
+    lr, decay = 0.05, 0.1
+    left, right = net(), net()
+    weights = [right[index].weight for index in (0, 3, 5)]
+    plain = torch.optim.SGD(right.parameters(), lr=lr)
+
+    def shrink(step: int) -> None:
+        if step:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.mul_(1 - lr * decay)
+
+    curve = train(right, plain, 60, shrink)
+    assert furthest(train(left, box_of_nothing(left, lr, decay), 60), curve) < 1e-12
+
+
+def test_it_is_decoupled_decay_before_the_step_up_to_the_square_of_the_learning_rate() -> None:
+    """Decay before the step spares the step itself: lr^2 wd g is what they differ by."""
     lr, decay = 0.05, 1e-4
     left, right = net(), net()
-    box = optimizer_for(
-        left,
-        decay_plan(
-            parameter_roles(left),
-            spec := OptimizerSpec.model_validate(
-                {"lr": lr, "momentum": 0.0, "constraint": {"name": "volumization", "bound": 0.0, "strength": 1 - lr * decay}}
-            ),
-        ),
-        spec,
-    )
     decoupled = build_optimizer(right, OptimizerSpec(lr=lr, momentum=0.0, weight_decay=decay, decay="decoupled"))
-    assert furthest(train(left, box, 100), train(right, decoupled, 100)) < 1e-5
+    assert furthest(train(left, box_of_nothing(left, lr, decay), 100), train(right, decoupled, 100)) < 1e-5
     for one, other in zip(left.parameters(), right.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
