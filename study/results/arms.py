@@ -1,0 +1,211 @@
+"""Arms: which arm is ahead, by how much, and whether it would be again. Replicates alone decide; the search only proposed them.
+
+    replicates of a trial ──> candidate: mean over seeds, 95% interval
+    candidates of an arm ──best──> the arm's result          arms are ranked by it
+    two arms, same seeds ──> paired difference, 95% interval     all arms, same seeds ──> P(the winner wins again)
+
+Replicate k has the same seeds in every arm, so what a seed does to all arms cancels in a difference. A trial's value in the search
+chose it and therefore flatters it: it enters no mean and no interval here.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
+
+from study.results.intervals import Interval, interval
+from study.spec import ObjectiveSpec
+
+GIVEN_UP = 2
+"""A candidate that has so many seeds fewer than another of its arm was given up by the race: it does not lead."""
+
+NODES = 24
+"""Points of the Gauss-Hermite quadrature."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One candidate of an arm: a trial of the search that was trained again with fresh seeds."""
+
+    arm: str
+    trial_id: str
+    mean: float | None
+    """Over its seeds; None where none of its replicates completed."""
+    interval: Interval | None
+    """95% confidence interval of the mean; None with fewer than two seeds."""
+    seeds: int
+    """Replicates that completed."""
+    values: Mapping[int, float]
+    """Their values by the replicate's number."""
+    lost: int = 0
+    """Replicates that diverged or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two arms are apart on the seeds that both have."""
+
+    a: str
+    b: str
+    estimate: float | None
+    """The mean of a's value minus b's; None without a common seed."""
+    interval: Interval | None
+    n: int
+    """Common seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the replicates of a study say about its arms."""
+
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    arms: tuple[ArmResult, ...]
+    """Every arm's best candidate, the best arm first; arms without replicates are left out."""
+    differences: tuple[Difference, ...]
+    """Of every two arms, the better one first."""
+    wins_again: float | None
+    """The probability that the first arm is the first again, see `wins_again`; None with fewer than two arms or common seeds."""
+    candidates: tuple[ArmResult, ...]
+    """Every replicated trial, best first within its arm, arms in the order of `arms`."""
+
+    @property
+    def winner(self) -> ArmResult | None:
+        """The best arm's result; None where no replicate completed."""
+        return self.arms[0] if self.arms and self.arms[0].mean is not None else None
+
+    def behind(self, arm: str) -> Difference | None:
+        """An arm's difference to the winner, as winner minus arm; None for the winner itself."""
+        return next((found for found in self.differences if found.a == self.arms[0].arm and found.b == arm), None)
+
+    def document(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "metric": self.metric,
+            "direction": self.direction,
+            "arms": [_document(arm) for arm in self.arms],
+            "differences": [{**asdict(each), "interval": _ends(each.interval)} for each in self.differences],
+            "wins_again": self.wins_again,
+            "candidates": [_document(candidate) for candidate in self.candidates],
+        }
+
+
+def compare_arms(table: pd.DataFrame, objective: ObjectiveSpec, metric: str | None = None) -> Comparison:
+    """Compares the arms of a study by their replicates.
+
+    An arm's result is its best candidate: by its mean, after those that lost a replicate to divergence or failure come last, and without
+    those that the race gave up. Several candidates of an arm are compared on the same replicates that give the mean, which flatters the best
+    of `top` a little, alike in every arm.
+
+    Args:
+        table: One row for each trial, as in `trials.parquet`.
+        objective: What trials are ranked by.
+        metric: Another column to compare by, such as `test/error`, in the objective's direction. Default: the objective.
+    """
+    candidates = _candidates(table, "value" if metric is None else metric)
+    by_arm: dict[str, list[ArmResult]] = {}
+    for candidate in candidates:
+        by_arm.setdefault(candidate.arm, []).append(candidate)
+    ordered = [ranked(own, objective) for own in by_arm.values()]
+    ordered.sort(key=lambda own: _place(own[0], objective))
+    arms = tuple(own[0] for own in ordered)
+    return Comparison(
+        metric or objective.metric,
+        objective.direction,
+        arms,
+        tuple(paired(a, b) for a, b in combinations(arms, 2)),
+        _wins_again(arms, objective),
+        tuple(candidate for own in ordered for candidate in own),
+    )
+
+
+def ranked(candidates: Sequence[ArmResult], objective: ObjectiveSpec) -> list[ArmResult]:
+    """Candidates of one arm, best first; one that was given up or has lost replicates comes after those that have not."""
+    most = max((candidate.seeds + candidate.lost for candidate in candidates), default=0)
+    return sorted(candidates, key=lambda each: (each.seeds + each.lost <= most - GIVEN_UP, *_place(each, objective)))
+
+
+def _place(candidate: ArmResult, objective: ObjectiveSpec) -> tuple[bool, float, int, str]:
+    mean = math.inf if candidate.mean is None else objective.rank(candidate.mean)
+    return candidate.lost > 0, mean, len(candidate.trial_id), candidate.trial_id
+
+
+def paired(a: ArmResult, b: ArmResult) -> Difference:
+    """Two candidates' difference on common seeds."""
+    found = np.array([a.values[seed] - b.values[seed] for seed in sorted(a.values.keys() & b.values.keys())], dtype=np.float64)
+    if not len(found):
+        return Difference(a.arm, b.arm, None, None, 0)
+    return Difference(a.arm, b.arm, float(found.mean()), interval((found,)), len(found))
+
+
+def replicate_number(trial_id: str) -> int | None:
+    """`gains-0007-r2` is replicate 2; None for a trial of the search."""
+    _, mark, number = trial_id.rpartition("-r")
+    return int(number) if mark and number.isdigit() else None
+
+
+def _candidates(table: pd.DataFrame, column: str) -> list[ArmResult]:
+    if "replicate_of" not in table or column not in table:
+        return []
+    numbers = table["trial_id"].map(replicate_number)
+    rows = table[(table["replicate_of"] != "") & numbers.notna()].assign(number=numbers)
+    found = []
+    for (arm, trial_id), own in rows.groupby(["arm", "replicate_of"], sort=False):
+        done = own[(own["outcome"] == "completed") & np.isfinite(own[column].astype(float))]
+        values = {int(number): float(value) for number, value in zip(done["number"], done[column], strict=True)}
+        lost = int(own["outcome"].isin(("diverged", "failed")).sum())
+        found.append(candidate(str(arm), str(trial_id), values, lost))
+    return found
+
+
+def candidate(arm: str, trial_id: str, values: Mapping[int, float], lost: int = 0) -> ArmResult:
+    """A candidate from its replicates' values."""
+    ordered = dict(sorted(values.items()))
+    numbers = np.array(list(ordered.values()), dtype=np.float64)
+    mean = float(numbers.mean()) if len(numbers) else None
+    return ArmResult(arm, trial_id, mean, interval((numbers,)), len(numbers), ordered, lost)
+
+
+def _wins_again(arms: Sequence[ArmResult], objective: ObjectiveSpec) -> float | None:
+    """Of the arms that can win: those without lost replicates, if the winner is one of them."""
+    rivals = [arm for arm in arms if arm.values]
+    common = sorted(set.intersection(*(set(arm.values) for arm in rivals))) if rivals else []
+    if len(rivals) < 2 or len(common) < 2:
+        return None
+    values = np.array([[[-objective.rank(arm.values[seed]) for arm in rivals] for seed in common]])
+    return float(wins_again(values, winner=0)[0])
+
+
+def wins_again(values: NDArray[np.float64], winner: int | None = None) -> NDArray[np.float64]:
+    """The probability that, on as many fresh common seeds, the mean of the winner is ahead of every other arm's.
+
+    Args:
+        values: [experiments, seeds, arms]; larger is better.
+        winner: The arm in question. Default: in each experiment the one with the largest mean.
+    """
+    _, seeds, arms = values.shape
+    means = values.mean(1)
+    rest = values - means[:, None] - values.mean(2, keepdims=True) + values.mean((1, 2))[:, None, None]
+    variance = (rest**2).sum((1, 2)) / ((seeds - 1) * (arms - 1))
+    first = means.argmax(1) if winner is None else np.full(len(means), winner)
+    spread = np.sqrt(2 * variance / seeds)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ahead = np.nan_to_num((np.take_along_axis(means, first[:, None], 1) - means) / spread, nan=0.0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    own = np.arange(arms) == first[:, None]
+    chances = np.where(own[..., None], 1.0, special.ndtr(ahead[..., None] + nodes)).prod(1)
+    return np.asarray(chances @ (weights / weights.sum()), dtype=np.float64)
+
+
+def _document(arm: ArmResult) -> dict[str, Any]:
+    return {**asdict(arm), "interval": _ends(arm.interval), "values": {str(seed): value for seed, value in arm.values.items()}}
+
+
+def _ends(found: Interval | None) -> list[float] | None:
+    return None if found is None else list(found)
