@@ -25,8 +25,12 @@ from study.spec import ObjectiveSpec
 GIVEN_UP = 2
 """A candidate that has so many seeds fewer than another of its arm was given up by the race: it does not lead."""
 
-NODES = 24
-"""Points of the Gauss-Hermite quadrature."""
+LEAST_SEEDS = 3
+"""Fewer common seeds say nothing about winning again: one is left out, and one alone knows no noise."""
+
+GRID = np.linspace(-6, 6, 121)
+WEIGHTS = np.exp(-(GRID**2) / 2) / np.exp(-(GRID**2) / 2).sum()
+"""A quadrature over the standard normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,34 +177,43 @@ def candidate(arm: str, trial_id: str, values: Mapping[int, float], lost: int = 
 
 
 def _wins_again(arms: Sequence[ArmResult], objective: ObjectiveSpec) -> float | None:
-    """Of the arms that can win: those without lost replicates, if the winner is one of them."""
+    """On the seeds that all arms have; an arm without any cannot win."""
     rivals = [arm for arm in arms if arm.values]
     common = sorted(set.intersection(*(set(arm.values) for arm in rivals))) if rivals else []
-    if len(rivals) < 2 or len(common) < 2:
+    if len(rivals) < 2 or len(common) < LEAST_SEEDS:
         return None
     values = np.array([[[-objective.rank(arm.values[seed]) for arm in rivals] for seed in common]])
     return float(wins_again(values, winner=0)[0])
 
 
 def wins_again(values: NDArray[np.float64], winner: int | None = None) -> NDArray[np.float64]:
-    """The probability that, on as many fresh common seeds, the mean of the winner is ahead of every other arm's.
+    """The probability that the arm that leads without one of the seeds also leads on that one: a fresh seed, for all that it knew.
+
+    This is what leaving out each seed in turn estimates, without bias and whatever the arms' true distance. Instead of counting seeds,
+    which knows steps of 1/n only, the seed that is left out is drawn from the normal distribution around the arms' means:
+
+        x ~ N(means, s^2 (n - 1)/n)     P(for every other arm: 0 < x_winner - x_other < n (mean_winner - mean_other))
+
+    The right side says that the winner leads on the seeds that are left. Averaged over many studies it is the share of winners that lead
+    again, within 5 points from 5 seeds on. It is low, also below chance, where the lead changes with every seed. Where arms hardly differ,
+    the studies in which it happens to come out high win less often than it says: that a lead was selected cannot be undone by any estimate.
 
     Args:
-        values: [experiments, seeds, arms]; larger is better.
-        winner: The arm in question. Default: in each experiment the one with the largest mean.
+        values: [studies, seeds, arms]; larger is better. A seed's effect on all arms cancels; arms share one variance.
+        winner: The arm in question. Default: in each study the one with the largest mean.
     """
     _, seeds, arms = values.shape
     means = values.mean(1)
     rest = values - means[:, None] - values.mean(2, keepdims=True) + values.mean((1, 2))[:, None, None]
-    variance = (rest**2).sum((1, 2)) / ((seeds - 1) * (arms - 1))
+    deviation = np.sqrt((rest**2).sum((1, 2)) / ((seeds - 1) * (arms - 1)))
     first = means.argmax(1) if winner is None else np.full(len(means), winner)
-    spread = np.sqrt(2 * variance / seeds)[:, None]
+    others = np.arange(arms) != first[:, None]
+    ahead = (np.take_along_axis(means, first[:, None], 1) - means)[others].reshape(len(means), arms - 1)
+    certain = (ahead > 0).all(1).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ahead = np.nan_to_num((np.take_along_axis(means, first[:, None], 1) - means) / spread, nan=0.0)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-    own = np.arange(arms) == first[:, None]
-    chances = np.where(own[..., None], 1.0, special.ndtr(ahead[..., None] + nodes)).prod(1)
-    return np.asarray(chances @ (weights / weights.sum()), dtype=np.float64)
+        apart = (ahead / (deviation * math.sqrt((seeds - 1) / seeds))[:, None])[..., None]
+        chances = (special.ndtr(apart + GRID) - special.ndtr(apart * (1 - seeds) + GRID)).clip(min=0).prod(1) @ WEIGHTS
+    return np.asarray(np.where(deviation > 0, chances, certain), dtype=np.float64)
 
 
 def _document(arm: ArmResult) -> dict[str, Any]:
