@@ -332,8 +332,11 @@ class Interval:
 
     def _gains(self) -> list[dict[str, float]]:
         """The metrics of the gains of each trial."""
-        stacked = [stacked_samples(role.place, self.values[role.name]) for role in self.bank.roles if role.role is Role.GAIN]
-        return [by_place([samples[row] for samples in stacked]) for row in range(len(self.members))]
+        gains = [role for role in self.bank.roles if role.role is Role.GAIN]
+        if not gains:
+            return [{} for _ in self.members]
+        stacked = stacked_samples([role.place for role in gains], [self.values[role.name][: len(self.members)] for role in gains])
+        return [by_place(samples) for samples in stacked]
 
 
 def _renumbered(name: str, place: Mapping[int, int]) -> str:

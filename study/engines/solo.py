@@ -80,6 +80,7 @@ class _SoloTrial:
         self.course = Course(trial_id, trial, device)
         self.data = self.course.data
         self.model: nn.Module = initial_model(trial, self.course, device)
+        self.parameters = list(self.model.parameters())
         self.roles = roles_on(self.model, self.data.train_images, trial.model.places)
         absent_places(self.roles, trial.optimizer.gamma)
         self.optimizer = optimizer_for(self.model, decay_plan(self.roles, trial.optimizer), trial.optimizer, fused=True)
@@ -92,7 +93,7 @@ class _SoloTrial:
         start = time.perf_counter()
         values, samples = self._train_epoch()
         self.course.epoch += 1
-        reason = self.course.divergence(values["train/loss"], max(float(parameter.detach().abs().max()) for parameter in self.model.parameters()))
+        reason = self.course.divergence(values["train/loss"], max(float(parameter.detach().abs().max()) for parameter in self.parameters))
         if not reason:
             values |= self._evaluate() | by_place(self.tracer.gains().values())
             values |= self._probe() if self.course.is_last else {}
@@ -115,13 +116,14 @@ class _SoloTrial:
         return self.course.trained(float(losses[0]), float(torch.stack(losses).mean()), error), samples
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None  # optimizer.zero_grad() does the same, and takes twenty times as long
         with self._autocast():
             logits = self.model(images)
             loss = self.course.loss(logits, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.trial.optimizer.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.trial.optimizer.clip)
+            nn.utils.clip_grad_norm_(self.parameters, self.trial.optimizer.clip)
         self.optimizer.step()
         self.scheduler.step()
         return loss.detach(), logits.detach()

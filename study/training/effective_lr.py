@@ -248,8 +248,10 @@ def _numbers(optimizer: Optimizer, weight: Tensor, group: Mapping[str, Any], bef
 def dots(before: Tensor, after: Tensor, gradient: Tensor) -> Tensor:
     """<w,w>, <w,d>, <d,d> and <g,g> with d = after - before, accumulated in float64; shape [4]."""
     wide = _wide(before)
+    flat = [tensor.detach().reshape(-1) for tensor in (before, after, gradient)]
+    chunks = zip(*(torch.split(tensor, CHUNK) for tensor in flat), strict=True) if before.numel() > CHUNK else [flat]
     parts = []
-    for start, end, slope in zip(*(torch.split(tensor.detach().reshape(-1), CHUNK) for tensor in (before, after, gradient)), strict=True):
+    for start, end, slope in chunks:
         w, g = start.to(wide), slope.to(wide)
         d = end.to(wide) - w
         parts.append(torch.stack((w.dot(w), w.dot(d), d.dot(d), g.dot(g))))
