@@ -1,6 +1,7 @@
 """ClaimSpec: a falsifiable statement about the study's own table of trials, and whether it fits the study.
 
     claim ─┬─ where      which trials count                              {equilibrated: true, optimizer.weight_decay: {above: 0}}
+           ├─ level      how large a column is                           {metric: final/rotation_ratio/median}
            ├─ slope      how one column grows with another               {y: final/rotation/median, x: optimizer.lr, log: true}
            │  contrast   one arm against another                         {metric: val/error, arm: optimizer.gamma, a: last, b: none}
            │  spread     how far the values of a group lie apart         {metric: val/error, over: optimizer.lr, by: seed}
@@ -10,6 +11,7 @@
 `study.results.claims` tests them. Claims decide nothing about the trials: they are no part of the spec hash and may be added later.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -36,6 +38,9 @@ EQUILIBRATED = "equilibrated"
 
 FAMILIES = ("effective_lr", "rotation", "rotation_ratio", "weight_norm", "gamma_rms", "gamma_distance", "gamma_dead")
 """Metrics by layer or place, such as `rotation/<layer>`: which layers there are is not known before a trial runs."""
+
+FORMS = ("level", "slope", "contrast", "spread", "rank")
+"""What a claim may measure."""
 
 COMPARISONS = ("below", "above", "between")
 """Expectations of a number."""
@@ -115,11 +120,20 @@ class Condition(Frozen):
         return Condition.model_validate({**given, **named, **several})
 
 
+class Level(Frozen):
+    """How large a column is, on average over each seed's trials."""
+
+    metric: Columns = Field(min_length=1)
+    """The column that is looked at; of a list, what `statistic` says of each trial's values, such as those of several layers."""
+    statistic: Literal["mean", "min", "max"] = "mean"
+    """Which number stands for several metrics of one trial."""
+
+
 class Slope(Frozen):
     """The slope of a straight line through the trials of each seed."""
 
-    y: Column
-    """The column that is explained."""
+    y: Columns = Field(min_length=1)
+    """The column that is explained; of a list, the mean, such as that of several layers (of logarithms, where these are fitted)."""
     x: Columns = Field(min_length=1)
     """The column that explains it; of a list, the product."""
     log: bool = False
@@ -158,6 +172,8 @@ class Spread(Frozen):
     """Columns that are the same within a group; the spreads of a seed's groups are averaged."""
     statistic: Literal["max_over_min", "relative_range", "std"] = "max_over_min"
     """Largest over smallest value, their distance over the mean's size, or the standard deviation."""
+    against: dict[Column, Condition] = Field(default_factory=dict, exclude_if=operator.not_)
+    """The spread is divided by the same seed's spread of the trials that meet these conditions, in place of the claim's `where`."""
 
     @model_validator(mode="after")
     def _has_a_group(self) -> "Spread":
@@ -222,6 +238,8 @@ class ClaimSpec(Frozen):
     """Where it comes from, such as arXiv:1706.05350."""
     where: dict[Column, Condition] = Field(default_factory=dict)
     """Which completed trials count: column to value, or to `{above, below, between, in}`. `replicate: true` selects replicates, `equilibrated: true` trials whose scale-invariant layers all had five relaxation times."""
+    level: Level | None = None
+    """How large a column is."""
     slope: Slope | None = None
     """How a column grows with another."""
     contrast: Contrast | None = None
@@ -235,9 +253,9 @@ class ClaimSpec(Frozen):
 
     @model_validator(mode="after")
     def _is_one_form(self) -> "ClaimSpec":
-        forms = [name for name in ("slope", "contrast", "spread", "rank") if getattr(self, name) is not None]
+        forms = [name for name in FORMS if getattr(self, name) is not None]
         if len(forms) != 1:
-            raise ValueError(f"a claim is exactly one of slope, contrast, spread, rank (got {', '.join(forms) or 'none'})")
+            raise ValueError(f"a claim is exactly one of {', '.join(FORMS)} (got {', '.join(forms) or 'none'})")
         (expected,) = self.expect.given
         if forms == ["rank"] and expected in COMPARISONS:
             raise ValueError(f"a rank expects first or order (got {expected})")
@@ -246,16 +264,16 @@ class ClaimSpec(Frozen):
         return self
 
     @property
-    def form(self) -> Slope | Contrast | Spread | Rank:
+    def form(self) -> Level | Slope | Contrast | Spread | Rank:
         """What is measured."""
-        form = self.slope or self.contrast or self.spread or self.rank
+        form = self.level or self.slope or self.contrast or self.spread or self.rank
         assert form is not None, f"the claim {self.id} has no form"
         return form
 
 
 def canonical_claim(claim: ClaimSpec) -> ClaimSpec:
     """The claim with every value of a field written as the field stores it: `last+inner` becomes `inner+last`."""
-    where = {path: condition.translated(partial(stored, path)) for path, condition in claim.where.items()}
+    where = _canonical_conditions(claim.where)
     form, expect = claim.form, claim.expect
     if isinstance(form, Contrast):
         changed = form.model_copy(update={"a": stored(form.arm, form.a), "b": stored(form.arm, form.b)})
@@ -264,7 +282,14 @@ def canonical_claim(claim: ClaimSpec) -> ClaimSpec:
         named = {"first": stored(form.arm, expect.first)} if "first" in expect.given else {}
         several = {"order": tuple(stored(form.arm, value) for value in expect.order)} if expect.order else {}
         return claim.model_copy(update={"where": where, "expect": expect.model_copy(update={**named, **several})})
+    if isinstance(form, Spread):
+        changed_spread = form.model_copy(update={"against": _canonical_conditions(form.against)})
+        return claim.model_copy(update={"where": where, "spread": changed_spread})
     return claim.model_copy(update={"where": where})
+
+
+def _canonical_conditions(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
+    return {path: condition.translated(partial(stored, path)) for path, condition in conditions.items()}
 
 
 def claim_problems(claims: Mapping[int, ClaimSpec], space: Mapping[str, Axis], trial: TrialSpec | None, objective: str | None) -> Iterator[Problem]:
@@ -282,11 +307,13 @@ def claim_problems(claims: Mapping[int, ClaimSpec], space: Mapping[str, Axis], t
         if claim.id in seen:
             yield Problem("claim", f"two claims have this id (got {claim.id!r})", f"{at}/id", "give one of them another")
         seen.add(claim.id)
-        for path, condition in claim.where.items():
-            yield from _condition_problems(path, condition, f"{at}/where/{path}", space, trial, objective)
+        against = claim.spread.against if claim.spread is not None else {}
+        for name, conditions in (("where", claim.where), ("spread/against", against)):
+            for path, condition in conditions.items():
+                yield from _condition_problems(path, condition, f"{at}/{name}/{path}", space, trial, objective)
+            if trial is not None and True in (conditions[EQUILIBRATED].values() if EQUILIBRATED in conditions else ()):
+                yield from _equilibrium_problems(f"{at}/{name}/{EQUILIBRATED}", space, trial)
         yield from _form_problems(claim, at, space, trial, objective)
-        if trial is not None and True in (claim.where[EQUILIBRATED].values() if EQUILIBRATED in claim.where else ()):
-            yield from _equilibrium_problems(f"{at}/where/{EQUILIBRATED}", space, trial)
 
 
 def _check_order(bounds: tuple[Number, Number] | None) -> None:
@@ -311,7 +338,7 @@ def _condition_problems(
 
 
 def _form_problems(claim: ClaimSpec, at: str, space: Mapping[str, Axis], trial: TrialSpec | None, objective: str | None) -> Iterator[Problem]:
-    name = next(name for name in ("slope", "contrast", "spread", "rank") if getattr(claim, name) is not None)
+    name = next(name for name in FORMS if getattr(claim, name) is not None)
     form, where = claim.form, f"{at}/{name}"
     columns = {field: getattr(form, field, ()) for field in ("y", "x", "metric", "over", "by", "paired_by")}
     for field, named in columns.items():

@@ -90,7 +90,11 @@ def space_problems(space: Mapping[str, Axis], whole: bool = True) -> Iterator[Pr
         whole: Whether these are all axes; where not, a condition on another one is not judged.
     """
     for path, axis in space.items():
-        yield from _axis_problems(path, axis)
+        yield from _axis_problems(path, path, axis)
+        for other in axis.also:
+            yield from _axis_problems(other, f"{path}/also", axis)
+            if other in space or sum(other in axis.also for axis in space.values()) > 1:
+                yield Problem("axis", f"{other} takes the values of two axes", f"space/{path}/also", "leave it to one of them")
         if axis.when and axis.role == "scientific":
             yield Problem("condition", "a scientific axis cannot be conditional: its values are arms", f"space/{path}/when", "remove `when`")
         for parent, value in axis.when.items():
@@ -109,8 +113,9 @@ def _accepts_only_whole_numbers(annotation: Any) -> bool:
     return annotation is int or (len(members) == 1 and _accepts_only_whole_numbers(members[0]))
 
 
-def _axis_problems(path: str, axis: Axis) -> Iterator[Problem]:
-    annotation, where = field_type(path), f"space/{path}"
+def _axis_problems(path: str, at: str, axis: Axis) -> Iterator[Problem]:
+    """What is wrong between an axis and a field that takes its values."""
+    annotation, where = field_type(path), f"space/{at}"
     if annotation is None:
         near = get_close_matches(path, all_fields(), n=1)
         yield Problem(

@@ -5,6 +5,7 @@ model.width:     {low: 8, high: 32, step: 8}                        a grid on an
 optimizer.gamma: {choices: [none, all, last], role: scientific}     a list; its values are arms
 """
 
+import operator
 from collections.abc import Mapping
 from itertools import product
 from typing import Annotated, Any, Literal, TypeAlias
@@ -61,6 +62,8 @@ class Axis(Frozen):
     """`scientific`: each value is an arm, to be compared with equal trials. `nuisance`: tuned, not compared."""
     when: dict[str, Scalar] = Field(default_factory=dict)
     """Paths of other axes and the values at which this axis exists; elsewhere the trial's own value holds."""
+    also: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """Other fields that take the same value, such as `data.seed` beside `seed`."""
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> "Axis":

@@ -200,6 +200,7 @@ class StudySpec(Frozen):
             SpecError: if the combination is not a valid trial.
         """
         tree = self.trial.canonical()
+        assignment = {**assignment, **{other: value for path, value in assignment.items() if path in self.space for other in self.space[path].also}}
         varied = {path.rpartition(".")[2] for path in PRODUCT if path in assignment}
         if "intrinsic_lr" in varied:
             del tree["optimizer"]["lr" if "weight_decay" in varied else "weight_decay"]

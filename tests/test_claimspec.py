@@ -35,8 +35,8 @@ SCHEMA = "; see `study schema` for what it takes"
 WRONG = [
     ({"id": "x"}, ["claims.0.says: is required; add it", "claims.0.expect: is required; add it"]),
     ({**SLOPE, "id": "A b"}, [f"claims.0.id: must be lower-case letters, digits and dashes (got 'A b'){SCHEMA}"]),
-    ({**SLOPE, **RANK}, [f"claims.0: a claim is exactly one of slope, contrast, spread, rank (got slope, rank){SCHEMA}"]),
-    ({**SLOPE, "slope": None}, [f"claims.0: a claim is exactly one of slope, contrast, spread, rank (got none){SCHEMA}"]),
+    ({**SLOPE, **RANK}, [f"claims.0: a claim is exactly one of level, slope, contrast, spread, rank (got slope, rank){SCHEMA}"]),
+    ({**SLOPE, "slope": None}, [f"claims.0: a claim is exactly one of level, slope, contrast, spread, rank (got none){SCHEMA}"]),
     ({**SLOPE, "slop": 1}, ["claims.0.slop: unknown key (got 'slop'); did you mean 'slope'?"]),
     ({**SLOPE, "where": {"seed": {"abov": 1}}}, ["claims.0.where.seed.abov: unknown key (got 'abov'); did you mean 'above'?"]),
     (
@@ -82,6 +82,14 @@ WRONG = [
     (
         {**SPREAD, "spread": {"metric": "val/error"}},
         ["claims.0.spread: a spread needs several values; name in `over` what varies, or several metrics"],
+    ),
+    (
+        {**SPREAD, "spread": {"metric": "val/error", "over": "optimizer.lr", "against": {"optimizer.l": 1}}},
+        ["claims.0.spread.against.optimizer.l: the table of trials has no such column (got 'optimizer.l'); did you mean 'optimizer.lr'?"],
+    ),
+    (
+        {"id": "level", "says": "Low.", "level": {"metric": "val/eror"}, "expect": {"below": 1}},
+        ["claims.0.level.metric: the table of trials has no such column (got 'val/eror'); did you mean 'val/error'?"],
     ),
     (
         {**RANK, "expect": {"order": ["last", "all"]}},

@@ -439,6 +439,35 @@ def test_an_assignment_replaces_its_fields_and_no_others() -> None:
     assert spec.trial_for({}) == spec.trial
 
 
+def test_fields_that_an_axis_names_take_its_value() -> None:
+    plain = check(tree(space={"seed": {"choices": [0, 7]}}))
+    both = check(tree(space={"seed": {"choices": [0, 7], "also": ["data.seed"]}}))
+    trial = both.trial_for({"seed": 7})
+    assert (trial.seed, trial.data.seed) == (7, 7) and plain.trial_for({"seed": 7}).data.seed == 0
+    assert "also" not in plain.to_yaml() and both.spec_hash() != plain.spec_hash()
+    assert check(yaml.safe_load(both.to_yaml())) == both
+
+
+@pytest.mark.parametrize(
+    ("space", "complaint"),
+    [
+        ({"seed": {"choices": [0], "also": ["data.sed"]}}, "space.seed.also: a trial has no such field (got 'data.sed'); did you mean 'data.seed'?"),
+        (
+            {"optimizer.lr": {"choices": [0.1], "also": ["data.batch_size"]}},
+            "space.optimizer.lr.also: input should be a valid integer, got a number with a fractional part (got 0.1); use values that data.batch_size takes",
+        ),
+        (
+            {"seed": {"choices": [0], "also": ["data.seed"]}, "data.seed": {"choices": [0]}},
+            "space.seed.also: data.seed takes the values of two axes; leave it to one of them",
+        ),
+    ],
+)
+def test_fields_that_an_axis_names_must_take_its_value(space: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        check(tree(space=space))
+    assert str(caught.value) == complaint
+
+
 def test_an_assignment_reaches_into_the_arguments_of_the_users_own_code() -> None:
     trial = {"model": {"name": "import:own.nets:build", "args": {"depth": 2, "width": 8}}}
     spec = check(tree(trial=trial, space={"model.args.depth": {"low": 1, "high": 4}}))

@@ -1,6 +1,7 @@
 """Quantities: what a claim speaks of, measured on the table of trials, with seeds as units.
 
-    where ─> rows ─┬─ slope       a line through each seed's trials
+    where ─> rows ─┬─ level       the mean of each seed's trials
+                   ├─ slope       a line through each seed's trials
                    ├─ spread      each seed's groups
                    ├─ contrast    two arms: the mean of each seed in either, or of each seed's pairs
                    └─ rank        contrasts of all arms that the order speaks of
@@ -20,7 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from study.claimspec import REPLICATE, ClaimSpec, Condition, Contrast, Rank, Slope, Spread
+from study.claimspec import REPLICATE, ClaimSpec, Condition, Contrast, Level, Rank, Slope, Spread
 from study.errors import Problem, SpecError
 from study.results.intervals import CONFIDENCE, Interval, Values, difference, interval
 from study.space import arm_label, word
@@ -54,13 +55,20 @@ def measured(claim: ClaimSpec, table: pd.DataFrame) -> Measured:
         SpecError: if the claim does not fit the table.
     """
     table = table.reset_index(drop=True)
-    chosen = table[_selected(claim, table)]
+    chosen = table[_selected(claim, table, claim.where)]
     rows = chosen[chosen["outcome"] == "completed"]
     match claim.form:
+        case Level() as form:
+            return _summary((_levels(claim, form, rows),))
         case Slope() as form:
             return _summary((_slopes(claim, form, rows),))
         case Spread() as form:
-            return _summary((_spreads(claim, form, rows),), logs=form.statistic == "max_over_min")
+            logs = form.statistic == "max_over_min"
+            spreads = _spreads(claim, form, rows)
+            if form.against:
+                others = table[_selected(claim, table, form.against) & (table["outcome"] == "completed")]
+                spreads, logs = _log_ratios(claim, spreads, _spreads(claim, form, others)), True
+            return _summary((np.asarray(spreads, dtype=np.float64),), logs)
         case Contrast() as form:
             logs = form.statistic == "ratio"
             return _summary(_compared(claim, form, rows, form.a, form.b, logs), logs)
@@ -79,25 +87,34 @@ def _summary(samples: Samples, logs: bool = False, confidence: float = CONFIDENC
     return Measured(center, found, n)
 
 
+def _levels(claim: ClaimSpec, form: Level, rows: pd.DataFrame) -> Values:
+    """The mean of each seed's trials; a trial without all of the metrics does not count."""
+    metrics = pd.DataFrame({column: _numbers(claim, rows, column, positive=False) for column in form.metric}).dropna()
+    values = getattr(metrics, form.statistic)(axis=1)
+    return _means(_keys(rows, _seeds(rows))[metrics.index], values)
+
+
 def _slopes(claim: ClaimSpec, form: Slope, rows: pd.DataFrame) -> Values:
     """The slope of each seed whose trials have enough different x."""
-    y = _numbers(claim, rows, form.y, positive=form.log)
+    y = sum(_scaled(_numbers(claim, rows, column, positive=form.log), form.log) for column in form.y) / len(form.y)
     x = reduce(mul, (_numbers(claim, rows, column, positive=form.log) for column in form.x))
     points = pd.DataFrame({"unit": _keys(rows, _seeds(rows)), "x": x, "y": y}).dropna()
     groups = [part for _, part in points.groupby("unit", sort=False) if part["x"].map(_plain).nunique() >= LEAST_POINTS]
-    return np.array([_slope(part["x"], part["y"], form.log) for part in groups], dtype=np.float64)
+    return np.array([_slope(_scaled(part["x"], form.log), part["y"]) for part in groups], dtype=np.float64)
 
 
-def _slope(x: "pd.Series", y: "pd.Series", log: bool) -> float:
+def _scaled(values: "pd.Series", log: bool) -> "pd.Series":
+    return np.log(values) if log else values
+
+
+def _slope(x: "pd.Series", y: "pd.Series") -> float:
     """By least squares."""
-    if log:
-        x, y = np.log(x), np.log(y)
     away = x - x.mean()
     return float((away * y).sum() / (away * away).sum())
 
 
-def _spreads(claim: ClaimSpec, form: Spread, rows: pd.DataFrame) -> Values:
-    """The mean spread of each seed's groups; a group needs two values."""
+def _spreads(claim: ClaimSpec, form: Spread, rows: pd.DataFrame) -> "pd.Series":
+    """The mean spread of the groups of each seed, by seed; a group needs two values."""
     logs = form.statistic == "max_over_min"
     for column in (*form.over, *form.by):
         _column(claim, rows, column)
@@ -109,7 +126,15 @@ def _spreads(claim: ClaimSpec, form: Spread, rows: pd.DataFrame) -> Values:
     values = pd.concat(parts).dropna(subset="value").groupby(["unit", "group", "over", "metric"], sort=False)["value"].mean()
     groups = values.groupby(["unit", "group"], sort=False)
     spreads = groups.agg(lambda group: _spread(claim, group, form.statistic)).where(groups.size() > 1).dropna()
-    return np.asarray(spreads.groupby("unit", sort=False).mean(), dtype=np.float64)
+    return spreads.groupby("unit", sort=False).mean()
+
+
+def _log_ratios(claim: ClaimSpec, spreads: "pd.Series", others: "pd.Series") -> "pd.Series":
+    """The logarithm of each seed's spread over its other spread (of largest over smallest value, of their logarithms' ratio)."""
+    pairs = pd.DataFrame({"first": spreads, "second": others}).dropna()
+    if (none := pairs[(pairs <= 0).any(axis=1)]).size:
+        raise _misfit(claim, f"a spread is 0, which has no ratio to another ({none.index[0]})", "leave this seed out by `where`")
+    return np.log(pairs["first"] / pairs["second"])
 
 
 def _spread(claim: ClaimSpec, values: "pd.Series", statistic: str) -> float:
@@ -189,10 +214,10 @@ def _means(units: "pd.Series", values: "pd.Series") -> Values:
     return np.asarray(values.groupby(units, sort=False).mean(), dtype=np.float64)
 
 
-def _selected(claim: ClaimSpec, table: pd.DataFrame) -> "pd.Series":
-    """Which rows meet every condition of the claim, whatever their outcome."""
+def _selected(claim: ClaimSpec, table: pd.DataFrame, conditions: Mapping[str, Condition]) -> "pd.Series":
+    """Which rows meet every condition, whatever their outcome."""
     fits = pd.Series(True, table.index)
-    for name, condition in claim.where.items():
+    for name, condition in conditions.items():
         column = table["replicate_of"].fillna("") != "" if name == REPLICATE else _column(claim, table, name)
         fits &= _fits(column, condition)
     return fits

@@ -179,6 +179,44 @@ def test_a_spread_is_that_of_each_seeds_groups() -> None:
     assert outcome_of(rows, {"below": 1}, spread={**spread, "statistic": "std"}).estimate == pytest.approx(0.1 * (1e-4 + 1e-2) / 2)
 
 
+def test_a_spread_is_compared_with_that_of_other_trials_of_the_same_seed() -> None:
+    """Along a constant product the metric hardly varies with lr, along a constant decay by ten times as much; seeds vary in both alike."""
+    rows = table(
+        [
+            trial(seed=seed, optimizer_at_lr=rate, optimizer_at_intrinsic_lr=rate * decay, optimizer_at_weight_decay=decay, m=1 + (1 + seed) * off)
+            for seed in range(5)
+            for rate, decay, off in ((0.01, 0.4, 0.0), (0.04, 0.1, 0.1), (0.0025, 1.6, 0.2), (0.04, 0.4, 1.0), (0.0025, 0.4, -1.0))
+        ]
+    )
+    against = {"optimizer.weight_decay": 0.4}
+    spread = {"metric": "m", "over": "optimizer.lr", "statistic": "std", "against": against}
+    found = outcome_of(rows, {"below": 1 / 3}, {"optimizer.intrinsic_lr": 4e-3}, spread=spread)
+    assert (found.estimate, found.n, found.verdict) == (pytest.approx(0.1), 5, "confirmed")
+    reverse = {**spread, "against": {"optimizer.intrinsic_lr": 4e-3}}
+    assert outcome_of(rows, {"below": 1 / 3}, against, spread=reverse).estimate == pytest.approx(10)
+    level = rows.assign(m=rows["m"].where(rows["optimizer.lr"] != 0.04, 1.0).where(rows["seed"] == 0, 1.0))
+    assert "a spread is 0, which has no ratio to another (seed 1, data.seed 0)" in refused(level, {"below": 1}, against, spread=spread)
+
+
+def test_a_level_is_the_mean_of_each_seeds_trials() -> None:
+    rows = table([trial(seed=seed, a=1.0 + seed + extra, b=2.0, c=math.nan if extra else 9.0) for seed in range(5) for extra in (0, 1)])
+    found = outcome_of(rows, {"above": 1}, level={"metric": "a"})
+    assert (found.estimate, found.n) == (pytest.approx(3.5), 5)
+    assert outcome_of(rows, {"above": 1}, level={"metric": ["a", "b"], "statistic": "min"}).estimate == pytest.approx((1.5 + 4 * 2) / 5)
+    assert outcome_of(rows, {"above": 1}, level={"metric": ["a", "b"], "statistic": "max"}).estimate == pytest.approx((2 + 2.5 + 3.5 + 4.5 + 5.5) / 5)
+    assert outcome_of(rows, {"above": 1}, level={"metric": ["a", "c"], "statistic": "max"}).estimate == pytest.approx(9)
+    narrow = outcome_of(rows, {"between": [2, 5]}, {"a": {"above": 100}}, level={"metric": "a"})
+    assert (narrow.estimate, narrow.n, narrow.verdict) == (None, 0, "inconclusive")
+
+
+def test_a_slope_of_several_columns_is_that_of_their_mean() -> None:
+    """Of logarithms: layers of other sizes have the same say."""
+    rows = power(6).assign(large=lambda table: 1e4 * table["final/rotation"] ** 3)
+    found = outcome_of(rows, {"between": [0.9, 1.1]}, slope={**HALF, "y": ["final/rotation", "large"]})
+    one = outcome_of(rows, {"between": [0.9, 1.1]}, slope=HALF)
+    assert found.estimate == pytest.approx(2 * (one.estimate or 0)) and found.verdict == "confirmed"
+
+
 def test_several_metrics_make_a_group() -> None:
     rows = table([trial(seed=seed, a=1.0, b=3.0, c=2.0) for seed in range(5)])
     assert outcome_of(rows, {"between": [3, 3.01]}, spread={"metric": ["a", "b", "c"]}).estimate == pytest.approx(3)
