@@ -171,7 +171,7 @@ def _ray(ray: Any) -> Iterator[None]:
     environment = {"env_vars": {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
-    ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
+    ray.init(address=address or "local", runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         yield
     finally:
