@@ -8,14 +8,15 @@ solo      a trial on the solo engine, traced, over a bare PyTorch loop of the sa
 trace     the same bare loop with EffectiveLR attached over the loop without; memory     at most 1.02; 1.20 every step
 fused     many trials in one step over one trial in each process, on all cores           from 1.4 to 2.5, by network
 study     a whole study over plain Ray Tune with its OptunaSearch and MLflow callback  from 1.5 to 10, by network
+search    trials that tpe on (intrinsic_lr, lr) needs over those on (lr, weight_decay)   at most 0.7 on ridges, 1 anywhere
 """
 
 import statistics
 import sys
 
-from tests.benchmarks import fused, solo, study_run, trace
+from tests.benchmarks import fused, search, solo, study_run, trace
 
-BENCHMARKS = {"solo": solo.measure, "trace": trace.measure, "fused": fused.measure, "study": study_run.measure}
+BENCHMARKS = {"solo": solo.measure, "trace": trace.measure, "fused": fused.measure, "study": study_run.measure, "search": search.measure}
 
 
 def main(names: list[str]) -> int:

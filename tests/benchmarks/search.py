@@ -1,0 +1,208 @@
+"""How many trials each way of searching needs, on surfaces with the ridge of lr x weight decay.
+
+python -m tests.benchmarks.search            prints the tables of docs/search.md; some minutes on one core
+
+surface     value at (lr, weight decay)                                                                       trials
+ridge       a parabola: steep across lr x weight decay, flat along it                                         computed
+cliff       a ridge of error rates that saturates away from it, and diverges beyond a learning rate            computed
+digits      validation error of a ResNet, interpolated between trials that were trained once (digits.csv)     looked up
+
+All searches are this project's own: `study.tuning.search.Search` on a journal, PARALLEL trials asked before the first of them is told.
+Both pairs of coordinates have boxes of equal size (in decades) and equal center. The level is 95% of the way from a surface's median
+over the box of lr and weight decay to its best value over both boxes.
+"""
+
+import csv
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import RegularGridInterpolator
+
+from study.measurement import Ending, Outcome
+from study.spec import StudySpec, check
+from study.tuning.search import Search
+from tests.benchmarks.search_table import TABLE
+
+SEEDS = range(24)
+TRIALS, PARALLEL = 64, 4
+LEVEL = 0.95
+RESAMPLES = 2000
+
+LR, DECAY, PRODUCT = (-3.0, 0.0), (-5.0, -1.0), (-6.5, -2.5)
+"""Boxes of log10; the last is as wide as the second, and has its center where the first two have theirs."""
+
+AXES = {
+    "decay": {"optimizer.lr": LR, "optimizer.weight_decay": DECAY},
+    "intrinsic": {"optimizer.lr": LR, "optimizer.intrinsic_lr": PRODUCT},
+}
+
+WAYS = {
+    "random": ("random", "decay"),
+    "sobol": ("sobol", "decay"),
+    "tpe": ("tpe", "decay"),
+    "tpe, intrinsic": ("tpe", "intrinsic"),
+    "random, intrinsic": ("random", "intrinsic"),
+}
+"""Sampler and coordinates; the last one tells what the coordinates' box alone does."""
+
+Surface = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Values at log10 of lr and log10 of weight decay; NaN where a trial diverges."""
+
+
+def ridge(lr: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """A parabola that is twelve times as steep across the ridge as along it, so that its axes are oblique to lr and weight decay."""
+    return np.asarray(((lr + decay + 4.3) / 0.5) ** 2 + ((lr + 1.2) / 1.7) ** 2)
+
+
+def cliff(lr: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """Errors between 2% and 90%; from lr 0.5 on, less with strong decay, trials diverge."""
+    across, along = (lr + decay + 4.6) / 0.8, (lr + 0.9) / 1.5
+    error = 0.9 - 0.88 * np.exp(-(across**2) - along**2)
+    return np.asarray(np.where(lr + 0.2 * (decay + 5) > 0.1, math.nan, error))
+
+
+@cache
+def _looked_up() -> RegularGridInterpolator:
+    with TABLE.open(encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    axes = [sorted({row[name] for row in rows}) for name in ("lr", "weight_decay")]
+    values = {(row["lr"], row["weight_decay"]): row["error"] for row in rows}
+    grid = [[values[lr, decay] for decay in axes[1]] for lr in axes[0]]
+    return RegularGridInterpolator([np.log10(axis) for axis in axes], np.array(grid))
+
+
+def digits(lr: np.ndarray, decay: np.ndarray) -> np.ndarray:
+    """Bilinear in the logarithms; decay below the table's, which does nothing in so few steps, counts as the table's least."""
+    low, high = _looked_up().grid[1][[0, -1]]
+    return np.asarray(_looked_up()(np.stack((np.clip(lr, -3, 0), np.clip(decay, low, high)), -1)))
+
+
+SURFACES: dict[str, Surface] = {"ridge": ridge, "cliff": cliff, "digits": digits}
+
+TARGETS = {"ridge": "<= 0.7", "cliff": "<= 0.7", "digits": "<= 1"}
+"""Of trials in intrinsic coordinates over trials of tpe on lr and weight decay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What there is to be found on a surface."""
+
+    level: float
+    best: float
+    median: float
+    share: dict[str, float]
+    """How much of each pair of coordinates' box reaches the level."""
+
+
+@cache
+def goal(name: str) -> Goal:
+    """From a fine grid over either box."""
+    side = np.linspace(0, 1, 401)
+    one, other = np.meshgrid(side, side, indexing="ij")
+    lr = LR[0] + one * (LR[1] - LR[0])
+    decay = {"decay": DECAY[0] + other * (DECAY[1] - DECAY[0]), "intrinsic": PRODUCT[0] + other * (PRODUCT[1] - PRODUCT[0]) - lr}
+    values = {coordinates: np.nan_to_num(SURFACES[name](lr, logarithm), nan=np.inf) for coordinates, logarithm in decay.items()}
+    best, median = min(float(found.min()) for found in values.values()), float(np.median(values["decay"]))
+    level = median - LEVEL * (median - best)
+    return Goal(level, best, median, {coordinates: float((found <= level).mean()) for coordinates, found in values.items()})
+
+
+def spec(sampler: str, coordinates: str, seed: int) -> StudySpec:
+    """A study that searches a surface."""
+    space = {path: {"low": 10**low, "high": 10**high, "log": True} for path, (low, high) in AXES[coordinates].items()}
+    return check({"name": "search", "space": space, "search": {"sampler": sampler, "trials": TRIALS, "seed": seed}})
+
+
+def searched(surface: Surface, study: StudySpec) -> np.ndarray:
+    """The best value so far after each trial of one search; infinite before the first that does not diverge."""
+    found: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search(study, Path(folder) / "journal.log")
+        while len(found) < TRIALS:
+            asked = [proposal for _ in range(PARALLEL) if (proposal := search.ask()) is not None]
+            for proposal in asked:
+                optimizer = proposal.trial.optimizer
+                value = float(surface(np.log10(optimizer.lr), np.log10(optimizer.weight_decay)))
+                if math.isnan(value):
+                    search.tell(proposal.trial_id, Ending(Outcome.DIVERGED, "nan"), None)
+                else:
+                    search.tell(proposal.trial_id, Ending(Outcome.COMPLETED), value)
+                found.append(math.inf if math.isnan(value) else value)
+    return np.minimum.accumulate(found)
+
+
+@cache
+def curves(name: str, way: str) -> np.ndarray:
+    """Best so far after each trial: [seeds, trials]."""
+    sampler, coordinates = WAYS[way]
+    return np.array([searched(SURFACES[name], spec(sampler, coordinates, seed)) for seed in SEEDS])
+
+
+def needed(curve: np.ndarray, level: float) -> float:
+    """After how many trials a curve is at the level; one more than all where it never is."""
+    reached = np.flatnonzero(curve <= level)
+    return float(reached[0] + 1) if len(reached) else float(len(curve) + 1)
+
+
+def averaged(many: np.ndarray, worst: float) -> np.ndarray:
+    """The mean best so far; before anything was found, the surface's median counts."""
+    return np.asarray(np.minimum(many, worst).mean(0))
+
+
+def compared(name: str, way: str, base: str = "tpe") -> tuple[float, tuple[float, float]]:
+    """Trials of one way over trials of another until their mean best so far is at the level, with a 95% bootstrap interval over seeds."""
+    aim, draw = goal(name), np.random.default_rng(0)
+    ours, theirs = (np.minimum(curves(name, each), aim.median) for each in (way, base))
+
+    def ratio(seeds: np.ndarray) -> float:
+        return needed(ours[seeds].mean(0), aim.level) / needed(theirs[seeds].mean(0), aim.level)
+
+    resampled = [ratio(draw.integers(len(SEEDS), size=len(SEEDS))) for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return ratio(np.arange(len(SEEDS))), (float(low), float(high))
+
+
+def measure() -> Iterator[tuple[str, list[float], str]]:
+    """For tests.benchmarks.run: trials of tpe in intrinsic coordinates over trials of tpe until each seed is at the level."""
+    for name in SURFACES:
+        level = goal(name).level
+        pairs = zip(curves(name, "tpe, intrinsic"), curves(name, "tpe"), strict=True)
+        yield (
+            f"trials to 95%: tpe on (intrinsic_lr, lr) / tpe on (lr, weight_decay): {name}",
+            [needed(a, level) / needed(b, level) for a, b in pairs],
+            TARGETS[name],
+        )
+
+
+def rows(name: str) -> Iterator[str]:
+    """One surface's rows: what each way needs, and its mean best so far on the way."""
+    aim = goal(name)
+    for way, (_, coordinates) in WAYS.items():
+        many = curves(name, way)
+        mean = averaged(many, aim.median)
+        gaps = [(aim.median - float(mean[trials - 1])) / (aim.median - aim.best) for trials in (8, 16, 32, 64)]
+        trials = needed(mean, aim.level)
+        said = f"{trials:.0f}" if trials <= TRIALS else f"more than {TRIALS}"
+        each = statistics.median(needed(curve, aim.level) for curve in many)
+        ratio, (low, high) = compared(name, way)
+        against = "1" if way == "tpe" else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+        cells = (name, way, f"{aim.share[coordinates]:.1%}", *(f"{gap:.1%}" for gap in gaps), said, f"{each:g}", against)
+        yield f"| {' | '.join(cells)} |"
+
+
+def main(names: Sequence[str] = tuple(SURFACES)) -> None:
+    """Prints the table."""
+    print("| surface | way | of its box at the level | after 8 | after 16 | after 32 | after 64 | trials to 95% | median seed | over tpe |")
+    print("|---" * 10 + "|")
+    for name in names:
+        print(*rows(name), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
