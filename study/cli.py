@@ -2,6 +2,7 @@
 
 study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
 study plan SPEC ─> decay audit       study status, best, verify, export NAME, trace TRIAL ─> what was found
+study submit SPEC --address URL ─> the same as a job on a Ray cluster; status, list, logs, stop and doctor take the address, too
 
 answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
 exit codes: 0 fine, 1 no usable result (or a claim refuted, where `verify` is strict), 2 wrong input, 130 interrupted
@@ -63,6 +64,9 @@ TrackingUri: TypeAlias = Annotated[
 ]
 Compare: TypeAlias = Annotated[
     str, typer.Option(metavar="LIBRARIES", help="Set their defaults beside it: torch,timm,hf,torchvision,torchvision-recipe,fastai, or all.")
+]
+Address: TypeAlias = Annotated[
+    str | None, typer.Option("--address", metavar="URL", help="Dashboard of the Ray cluster to which it was submitted, as http://head:8265.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -180,9 +184,90 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     _answer(as_json, config, views.best_view(config, _varied(result.best, spec)), views.where_to_look(found, folder, home, tracking_uri))
 
 
+@app.command()
+def submit(
+    spec_file: SpecFile,
+    address: Annotated[str, typer.Option("--address", metavar="URL", help="Dashboard of the Ray cluster, as http://head:8265.", show_default=False)],
+    overrides: Sets = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end, and end with its exit code; Ctrl-C only ends the following.")] = False,
+    home: Annotated[str, typer.Option("--home", metavar="DIR", help="Study home on the cluster's shared storage. Default: its $STUDY_HOME.")] = "",
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="MLflow store as the head reaches it. Default: $MLFLOW_TRACKING_URI, else SQLite there."),
+    ] = None,
+    requirements: Annotated[str, typer.Option("--pip", metavar="FILE", help="Requirements in this folder that the cluster still lacks.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Run a study as a job on a Ray cluster, or go on with one that was submitted before; prints its id at once.
+
+    The files of the current folder go along, without hidden ones, environments and studies.
+    """
+    from study.cluster import connect
+
+    spec = load_spec(spec_file, overrides or ())
+    cluster = connect(address)
+    attempt, kept = cluster.submit(spec, Path.cwd(), home=home, tracking_uri=tracking_uri, requirements=requirements)
+    if kept:
+        print(f"warning: the cluster asks for no token, so these were not forwarded: {', '.join(kept)}", file=sys.stderr)
+    _answer(as_json, {**attempt.document(), "name": spec.name, "address": cluster.url}, attempt.id)
+    if not wait:
+        return
+    try:
+        for text in cluster.logs(attempt, follow=True):
+            print(text, end="", file=sys.stderr, flush=True)
+        done = cluster.ended(attempt)
+    except KeyboardInterrupt:
+        print(f"{attempt.id} goes on; follow it with `study logs {spec.name} -f --address {cluster.url}`", file=sys.stderr)
+        raise typer.Exit(130) from None
+    raise typer.Exit(done.code)
+
+
+@app.command()
+def logs(
+    name: Name, address: Address = None, follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends.")] = False, home: Home = None
+) -> None:
+    """Show what a study printed that was submitted to a cluster."""
+    if address is None:
+        folder = StudyFolder.find(home_path(home), name)
+        message = "a study that runs on this machine prints in the terminal that started it, and keeps no log"
+        raise errors.NotFound(message, where=str(folder.path), remedy="`study status` shows where it stands; for one on a cluster, give --address")
+    from study.cluster import connect
+
+    cluster = connect(address)
+    try:
+        for text in cluster.logs(cluster.latest(name), follow):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(f"{name} goes on", file=sys.stderr)
+
+
+@app.command()
+def stop(name: Name, address: Address = None, home: Home = None, as_json: Json = False) -> None:
+    """Stop a study that runs here or on a cluster: its running trials report, their MLflow runs are closed, and it can be gone on with."""
+    print(f"stopping {name}: waiting for its trials to report", file=sys.stderr)
+    if address is None:
+        folder = StudyFolder.find(home_path(home), name)
+        folder.stop()
+        found, again = status_of(folder), "the same `study run` goes on with it"
+    else:
+        from study.cluster import connect
+
+        cluster = connect(address)
+        [found] = cluster.statuses([cluster.stop(name)])
+        again = "the same `study submit` goes on with it"
+    _answer(as_json, found, f"{name} is {found['state']}; {again}")
+
+
 @app.command("list")
-def list_studies(home: Home = None, as_json: Json = False) -> None:
-    """List the studies of a home."""
+def list_studies(home: Home = None, address: Address = None, as_json: Json = False) -> None:
+    """List the studies of a home, or those that were submitted to a cluster."""
+    if address is not None:
+        from study.cluster import connect
+
+        cluster = connect(address)
+        submitted = cluster.statuses(cluster.latest_of_each())
+        _answer(as_json, submitted, views.studies_table(submitted) if submitted else f"no studies were submitted to {cluster.url}")
+        return
     base, found = home_path(home), []
     for folder in StudyFolder.all(base):
         try:
@@ -193,9 +278,15 @@ def list_studies(home: Home = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(name: Name, home: Home = None, as_json: Json = False) -> None:
+def status(name: Name, home: Home = None, address: Address = None, as_json: Json = False) -> None:
     """Show where a study stands, whether or not it runs."""
-    found = status_of(StudyFolder.find(home_path(home), name))
+    if address is None:
+        found = status_of(StudyFolder.find(home_path(home), name))
+    else:
+        from study.cluster import connect
+
+        cluster = connect(address)
+        [found] = cluster.statuses([cluster.latest(name)])
     _answer(as_json, found, views.study_view(found))
 
 
@@ -332,13 +423,20 @@ def ui(
 
 
 @app.command()
-def doctor(home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
-    """Check the installation, the store, the cluster and the GPU, and say what to do."""
-    from study.doctor import examine
+def doctor(home: Home = None, tracking_uri: TrackingUri = None, address: Address = None, as_json: Json = False) -> None:
+    """Check the installation, the store, the cluster and the GPU, and say what to do. With --address, of the head of that cluster."""
+    from study.doctor import examine, examine_cluster
 
     base = home_path(home)
     with _prints_on_stderr():
-        checks = [asdict(check) for check in examine(base, tracking_uri_for(base, tracking_uri))]
+        checks = [
+            asdict(check)
+            for check in (
+                examine_cluster(address, str(home or ""), tracking_uri)
+                if address is not None
+                else examine(base, tracking_uri_for(base, tracking_uri))
+            )
+        ]
     failed = any(check["state"] == "fail" for check in checks)
     _answer(as_json, {"ok": not failed, "checks": checks}, views.checks_view(checks))
     raise typer.Exit(int(failed))

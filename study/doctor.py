@@ -61,6 +61,29 @@ def examine(home: Path, tracking_uri: str) -> list[Check]:
     ]
 
 
+def examine_cluster(address: str, home: str, tracking_uri: str | None) -> list[Check]:
+    """Whether a cluster can be reached from here, and what the doctor finds on its head: a short job asks there.
+
+    Args:
+        address: Of its dashboard.
+        home: The study home there; empty for the cluster's own.
+        tracking_uri: The MLflow store as the head reaches it.
+    """
+    from study.cluster import connect
+
+    try:
+        cluster = connect(address)
+        there = [Check(**found) for found in cluster.checks(home, tracking_uri)]
+    except StudyError as error:
+        return [Check("cluster", "fail", problem.message, problem.remedy) for problem in error.problems]
+    if cluster.asks_for_a_token:
+        reached = Check("cluster", "ok", f"{cluster.url} takes this token")
+    else:
+        remedy = "start it with RAY_AUTH_MODE=token on every node; see docs/cluster.md"
+        reached = Check("cluster", "warn", f"{cluster.url} asks for no token: whoever reaches it runs what they like", remedy)
+    return [reached, *there]
+
+
 def _installed(extra: str, packages: tuple[str, ...]) -> Check:
     """Whether the packages of an extra are there, in versions that are tested."""
     install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra != "core" else f"pip install {DISTRIBUTION}"

@@ -11,6 +11,8 @@
     │   ├── HomeError             a study home that cannot be used
     │   ├── NameTaken             the name belongs to a different study
     │   ├── NotFound              no such study, trial or file
+    │   ├── NotRunning            a study that runs in no process cannot be stopped
+    │   ├── ClusterError          the Ray cluster does not answer, or will not do what was asked
     │   └── TrackingUnavailable   the MLflow store does not answer
     ├── NotExpressible            a decay policy that a target cannot say       exit 2
     ├── NoResult                  the study ended without a usable result       exit 1
@@ -129,6 +131,18 @@ class NotFound(InputError):
     """No study, trial or file of that name."""
 
     kind = "not-found"
+
+
+class NotRunning(InputError):
+    """A study that runs in no process, or in none that can be reached from here."""
+
+    kind = "not-running"
+
+
+class ClusterError(InputError):
+    """The Ray cluster does not answer, refuses who asks, or will not do what was asked."""
+
+    kind = "cluster"
 
 
 class TrackingUnavailable(InputError):

@@ -15,8 +15,10 @@ studies/
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -24,10 +26,14 @@ from typing import Literal
 from pydantic import ValidationError
 
 from study.document import write_whole
-from study.errors import HomeError, NameTaken, NotFound
+from study.errors import HomeError, NameTaken, NotFound, NotRunning
 from study.problems import in_words
+from study.processes import Process
 from study.space import Frozen
 from study.spec import StudySpec, load_spec
+
+POLL = 0.2
+"""Seconds between looks at a study that is to end."""
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -54,6 +60,12 @@ class Card(Frozen):
     """The MLflow run of the study."""
     tracking_uri: str = ""
     """The MLflow store, without credentials."""
+    host: str = ""
+    """The machine on which a process runs it; empty while none does."""
+    pid: int = 0
+    """That process."""
+    born: str = ""
+    """When that process began, which tells it from a later one of the same number."""
 
 
 class StudyFolder:
@@ -128,7 +140,7 @@ class StudyFolder:
         card = self._written()
         return card.model_copy(update={"state": "interrupted"}) if card.state == "running" and not self.is_running() else card
 
-    def update(self, **changes: str) -> None:
+    def update(self, **changes: str | int) -> None:
         """Writes changed fields of the card, whole or not at all."""
         self._write(Card.model_validate({**self._written().model_dump(), **changes}))
 
@@ -176,7 +188,36 @@ class StudyFolder:
         except Timeout:
             raise HomeError("another process runs this study", where=str(self.path), remedy="wait for it, or stop it with Ctrl-C") from None
         with lock:
-            yield
+            self.update(**asdict(Process.this()))
+            try:
+                yield
+            finally:
+                with suppress(HomeError):  # a full disk; the lock says that nobody runs it
+                    self.update(host="", pid=0, born="")
+
+    def stop(self) -> None:
+        """Asks the process that runs this study to stop, as Ctrl-C does, and waits until its trials have reported and it has ended.
+
+        Raises:
+            NotRunning: if no process runs it, or one on another machine does.
+        """
+        card = self.card()
+        process = Process(card.host, card.pid, card.born)
+        where = str(self.path)
+        if not self.is_running():
+            remedy = "there is nothing to stop" if card.state in ("finished", "failed") else "`study run` goes on with it"
+            raise NotRunning(f"no process runs this study (it is {card.state})", where=where, remedy=remedy)
+        if card.host and not process.is_here():
+            remedy = "stop it there, or with --address if it was submitted to a cluster"
+            raise NotRunning(f"this study runs on another machine (got {card.host!r})", where=where, remedy=remedy)
+        try:
+            asked = process.interrupt()
+        except PermissionError:
+            raise NotRunning("this study is run by another user", where=where, remedy=f"have them stop process {card.pid}") from None
+        if not asked:
+            raise NotRunning("this study is just starting or ending", where=where, remedy="try again in a moment")
+        while self.is_running():
+            time.sleep(POLL)
 
     @property
     def _lock(self) -> str:
