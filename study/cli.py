@@ -99,6 +99,8 @@ def _diagnosis(error: Exception, given: Sequence[str]) -> tuple[int, Sequence[er
     match error:
         case errors.Interrupted():
             return error.exit_code, [replace(problem, remedy=f"go on with: {shlex.join(['study', *given])}") for problem in error.problems]
+        case typer.Abort():  # Ctrl-C before anything was started, or after it has ended
+            return 130, [errors.Problem("interrupted", "interrupted", "study", f"go on with: {shlex.join(['study', *given])}")]
         case errors.StudyError():
             return error.exit_code, error.problems
         case _ if isinstance(error, WrongUsage):

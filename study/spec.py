@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from study.claimspec import ClaimSpec, canonical_claim, claim_problems
+from study.credentials import credential_problems
 from study.document import overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
@@ -172,6 +173,7 @@ class StudySpec(Frozen):
     def _fits_together(self) -> Self:
         problems = [*space_problems(self.space), *_study_problems(self.space, self.trial, self.search, self.objective, self.stopping)]
         problems += claim_problems(dict(enumerate(self.claims)), self.space, self.trial, self.objective.metric)
+        problems += credential_problems(self.model_dump(mode="json", exclude_defaults=True))
         problems = problems or [*_combination_problems(self)]
         if problems:
             raise SpecError(problems)
@@ -267,6 +269,7 @@ def _problems_of_valid_parts(tree: Mapping[str, Any]) -> list[Problem]:
         *space_problems(axes, whole),
         *_study_problems(axes, trial, search, objective, part(StoppingSpec, "stopping")),
         *claim_problems({place: canonical_claim(claim) for place, claim in known.items()}, axes, trial, objective.metric if objective else None),
+        *credential_problems(tree),
     ]
 
 

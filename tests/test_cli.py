@@ -31,7 +31,7 @@ from study.tracking.store import connect
 from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "verify", "export", "trace", "ui", "doctor"}
+COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "verify", "export", "trace", "ui", "doctor", "submit", "logs", "stop"}
 
 SPEC = """\
 name: gains

@@ -53,7 +53,7 @@ def dashboard() -> Iterator[tuple[str, type[Dashboard]]]:
     """The address of a server that asks for a token, and what it saw."""
     handler = type("Own", (Dashboard,), {"wanted": TOKEN, "seen": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
     server.shutdown()

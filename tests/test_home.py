@@ -1,6 +1,8 @@
 """The study home: folders that are made, found and held, and cards that are damaged."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from study.errors import HomeError, NameTaken, NotFound
+from study.errors import HomeError, NameTaken, NotFound, NotRunning
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.spec import StudySpec, check, load_spec
 
@@ -35,9 +37,9 @@ def files(folder: StudyFolder) -> set[str]:
 
 
 @contextmanager
-def another_process(folder: StudyFolder) -> Iterator["subprocess.Popen[str]"]:
+def another_process(folder: StudyFolder, code: str = HOLD) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds a study."""
-    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    command = [sys.executable, "-c", code, str(folder.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
@@ -145,6 +147,61 @@ def test_a_running_study_is_held_by_one_process_as_long_as_that_lives(tmp_path: 
         process.wait()
         with folder.running():
             assert folder.is_running()
+
+
+STOPPABLE = """
+import sys, time, pathlib
+from study.home import StudyFolder
+folder = StudyFolder(pathlib.Path(sys.argv[1]))
+with folder.running():
+    print("held", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        folder.update(state="interrupted")
+"""
+"""A process that runs a study, and ends well at Ctrl-C."""
+
+
+def test_a_running_study_is_stopped_from_outside(tmp_path: Path) -> None:
+    folder = StudyFolder.prepare(tmp_path, spec())
+    folder.update(state="running")
+    with another_process(folder, STOPPABLE) as process:
+        card = folder.card()
+        assert (card.host, card.pid) == (socket.gethostname(), process.pid)
+        folder.stop()
+        assert process.wait(timeout=10) == 0
+    card = folder.card()
+    assert (card.state, card.host, card.pid) == ("interrupted", "", 0)
+    assert not folder.is_running()
+
+
+@pytest.mark.parametrize(("state", "remedy"), [("interrupted", "`study run` goes on with it"), ("finished", "there is nothing to stop")])
+def test_a_study_that_nobody_runs_cannot_be_stopped(tmp_path: Path, state: str, remedy: str) -> None:
+    folder = StudyFolder.prepare(tmp_path, spec())
+    folder.update(state=state)
+    with pytest.raises(NotRunning) as caught:
+        folder.stop()
+    assert str(caught.value) == f"{tmp_path}/tiny: no process runs this study (it is {state}); {remedy}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"host": "elsewhere"}, "this study runs on another machine (got 'elsewhere'); stop it there, or with --address"),
+        # A number that now belongs to another process, such as this one: it must not be hit.
+        ({"pid": os.getpid(), "born": "1"}, "this study is just starting or ending; try again in a moment"),
+        ({"pid": 0, "born": ""}, "this study is just starting or ending; try again in a moment"),
+    ],
+)
+def test_only_the_process_that_runs_a_study_is_stopped(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    folder = StudyFolder.prepare(tmp_path, spec())
+    with another_process(folder, STOPPABLE) as process:
+        folder.update(**changes)
+        with pytest.raises(NotRunning) as caught:
+            folder.stop()
+        assert complaint in str(caught.value)
+        assert process.poll() is None
 
 
 def test_a_study_that_runs_in_no_process_counts_as_interrupted(tmp_path: Path) -> None:
