@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from study.errors import StudyError
+from study.errors import ClusterError, StudyError
+from study.sealing import token_of
 from study.tracking.names import masked
 from study.tracking.store import connect, sqlite_path
 
@@ -58,6 +59,7 @@ def examine(home: Path, tracking_uri: str) -> list[Check]:
         _tracking(tracking_uri),
         *_shared_memory(),
         *_ray(),
+        *_token(),
     ]
 
 
@@ -203,6 +205,21 @@ def _ray() -> list[Check]:
         if reached
         else Check("ray", "fail", f"no cluster answers at RAY_ADDRESS={address}", remedy)
     ]
+
+
+def _token() -> list[Check]:
+    """Whether a token that others may read lies here."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named or Path.home() / ".ray" / "auth_token")
+    try:
+        found = token_of(os.environ)
+    except ClusterError as error:
+        return [Check("token", "fail", f"{error.problems[0].message} (RAY_AUTH_TOKEN_PATH={named})", error.problems[0].remedy)]
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not found:
+        return [Check("token", "fail", "RAY_AUTH_MODE is token, and there is none", "export RAY_AUTH_TOKEN_PATH, or `ray get-auth-token --generate`")]
+    if found and not os.environ.get("RAY_AUTH_TOKEN") and path.stat().st_mode & 0o077:
+        return [Check("token", "warn", f"{path} can be read by others; who has it runs what they like on the cluster", f"chmod 600 {path}")]
+    return [Check("token", "ok", "a token for a Ray cluster is here")] if found else []
 
 
 def _connects(address: str) -> bool:

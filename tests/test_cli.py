@@ -12,6 +12,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -662,6 +663,47 @@ def test_the_doctor_says_what_to_do(spec_file: Path, monkeypatch: pytest.MonkeyP
     assert set(failures) == {"home", "tracking", "ray"}
     assert "choose another with --home" in failures["home"]
     assert "unset RAY_ADDRESS" in failures["ray"]
+
+
+def test_the_doctor_knows_an_mlflow_server_that_was_not_told_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = b"Invalid Host header - possible DNS rebinding attack detected"  # as MLflow 3.17 answers
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        name = f"127.0.0.1:{server.server_address[1]}"
+        assert main(["doctor", "--tracking-uri", f"http://me:secret@{name}"]) == 1
+        server.shutdown()
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
+    assert f"the MLflow server does not let in who calls it '{name}'; start it with --allowed-hosts '{name}'" in told
+
+
+def test_the_doctor_looks_after_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def told() -> tuple[str, str]:
+        main(["doctor", "--home", str(tmp_path / "studies"), "--json"])
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        return checks["token"]["state"], checks["token"]["remedy"]
+
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    assert told() == ("fail", "RAY_AUTH_TOKEN_PATH must name the file that holds the cluster's token")
+    path.write_text("0" * 64)
+    path.chmod(0o644)
+    assert told() == ("warn", f"chmod 600 {path}")
+    path.chmod(0o600)
+    assert told() == ("ok", "")
 
 
 def test_the_doctor_asks_a_store_that_exists(tracking_uri: str, capsys: pytest.CaptureFixture[str]) -> None:

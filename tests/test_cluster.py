@@ -312,10 +312,10 @@ import os
 from pathlib import Path
 from torch import nn
 
-def wide(shape, num_classes):
+def wide():
     with Path(os.environ["STUDY_HOME"], "password").open("a") as file:
         file.write(f"{os.environ.get('MLFLOW_TRACKING_PASSWORD')}\\n")
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
 """
 """The user's own code, which says what it finds in the environment."""
 
@@ -350,7 +350,7 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
 
     deadline = time.monotonic() + 200
     while (found := json.loads(study("status", "halted", "--json")[0]))["trials"]["running"] == 0:
-        assert time.monotonic() < deadline, study("logs", "halted")[0]
+        assert found["job"]["status"] in ("PENDING", "RUNNING") and time.monotonic() < deadline, study("logs", "halted")[0]
         time.sleep(1)
     assert (found["state"], found["job"]["status"]) == ("running", "RUNNING")
     following = subprocess.Popen(

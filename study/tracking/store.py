@@ -43,6 +43,10 @@ PERMANENT = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS"
 """MLflow's words for answers that asking again does not change."""
 
 
+STRANGER = "Invalid Host header"
+"""What an MLflow server answers to who calls it by a name that it was not told."""
+
+
 class Refused(TrackingUnavailable):
     """The MLflow store answered, and will not do what was asked."""
 
@@ -242,6 +246,10 @@ def _asking(uri: str) -> Iterator[None]:
 
 def _silence(uri: str, error: Exception) -> TrackingUnavailable:
     reason = masked(" ".join(str(error).split())) or type(error).__name__
+    if STRANGER in reason:
+        name = urlsplit(uri).netloc.rpartition("@")[2]
+        remedy = f"start it with --allowed-hosts '{name}' (and every other name with its port by which it is called), or call it by its address"
+        return TrackingUnavailable(f"the MLflow server does not let in who calls it {name!r}", where=masked(uri), remedy=remedy)
     return TrackingUnavailable(f"the tracking store {masked(uri)} does not answer ({reason})", remedy=_remedy(uri))
 
 
