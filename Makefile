@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check 
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 SHORT = -m "not long"
 
-.PHONY: help demo test check check-long bench clean
+.PHONY: help demo test check check-long bench services clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ check-long: .venv/.installed ## The tests that check leaves out: more of the sam
 
 bench: .venv/.installed ## Measure our overhead, as ratios
 	@$(BIN)/python -m tests.benchmarks.run
+
+services: ## Start an MLflow server on PostgreSQL, on loopback, with docker compose; needs POSTGRES_PASSWORD
+	@docker compose --file services/compose.yaml up --detach --wait
 
 clean: ## Remove what make installed and cached; studies stay
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
