@@ -39,6 +39,9 @@ PAGE = 1000
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
+GATE = 0x57D1
+"""Number of the lock that whoever makes the tables of a PostgreSQL store holds."""
+
 PERMANENT = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 """MLflow's words for answers that asking again does not change."""
 
@@ -85,7 +88,7 @@ def connect(uri: str) -> "Store":
             from mlflow.tracking import MlflowClient
 
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-            with _one_at_a_time(path):
+            with _one_at_a_time(path) if path is not None else _one_on_postgresql(uri):
                 client = MlflowClient(tracking_uri=uri)
                 client.search_experiments(max_results=1)
     except Refused as error:
@@ -286,6 +289,21 @@ def _one_at_a_time(path: Path | None) -> Iterator[None]:
         lock.close()
         with suppress(OSError):
             gate.unlink()
+
+
+@contextmanager
+def _one_on_postgresql(uri: str) -> Iterator[None]:
+    """The same for a PostgreSQL database without a server before it; other stores see to themselves."""
+    if not uri.startswith("postgresql"):
+        yield
+        return
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    with create_engine(uri, poolclass=NullPool).connect() as connection:
+        # Held by the connection, and gone with it.
+        connection.execute(text("select pg_advisory_lock(:gate)"), {"gate": GATE})
+        yield
 
 
 def _batches(items: Sequence[Any], most: int) -> Iterator[list[Any]]:
