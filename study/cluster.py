@@ -27,6 +27,7 @@ from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecErro
 from study.sealing import SEALED, seal, token_of
 from study.shipping import SPEC, Settings, forwarded, import_problems, packed
 from study.spec import StudySpec
+from study.tracking.recorder import COMMIT, git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -161,7 +162,8 @@ class Cluster:
     def _variables(self, settings: Settings) -> dict[str, str]:
         """The environment of the job, as anybody sees it who may list jobs."""
         sealed = {SEALED: seal(settings.secret, self._token)} if settings.secret and self._token else {}
-        return {**settings.plain, **sealed, "RAY_JOB_STOP_WAIT_TIME_S": GRACE}
+        commit = {COMMIT: found} if (found := git_commit()) else {}
+        return {**settings.plain, **sealed, **commit, "RAY_JOB_STOP_WAIT_TIME_S": GRACE}
 
     def attempts(self, name: str | None = None) -> list[Attempt]:
         """Every submission, or those of one study, oldest first."""
@@ -274,7 +276,7 @@ class Cluster:
 
 
 def _check_place(folder: Path, home: str, requirements: str) -> None:
-    if home and "://" not in home and not home.startswith("/"):
+    if home and not home.startswith("/"):
         remedy = "name a folder that every node reaches, such as /mnt/studies"
         raise ClusterError(f"the home on the cluster must be an absolute path (got {home!r})", where="--home", remedy=remedy)
     if requirements and not (folder / requirements).is_file():

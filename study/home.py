@@ -186,7 +186,7 @@ class StudyFolder:
             # Whoever only looks whether the study runs holds the lock for an instant.
             lock = FileLock(self._lock, timeout=1).acquire()
         except Timeout:
-            raise HomeError("another process runs this study", where=str(self.path), remedy="wait for it, or stop it with Ctrl-C") from None
+            raise HomeError("another process runs this study", where=str(self.path), remedy="wait for it, or stop it with `study stop`") from None
         with lock:
             self.update(**asdict(Process.this()))
             try:

@@ -2,14 +2,12 @@
 
 import json
 import os
-import secrets
 import shutil
-import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +20,8 @@ from study.cli import main
 from study.cluster import Attempt, Cluster, connect
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
 from study.spec import StudySpec, check
-from tests.conftest import ROOT, own_environment
+from tests.conftest import ROOT
+from tests.rays import Head, a_head
 
 TOKEN = "0" * 64
 
@@ -66,6 +65,7 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "STUDY_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("study.cluster.git_commit", lambda: "c0ffee")
 
 
 def spec(name: str = "tiny", epochs: int = 2, **sections: Any) -> StudySpec:
@@ -179,7 +179,7 @@ def test_a_study_is_submitted_again_under_the_next_number(tmp_path: Path) -> Non
     assert (attempt.id, attempt.number, attempt.running, kept) == ("tiny-11", 11, True, [])
     assert there.latest("tiny") == attempt
     assert [each.id for each in there.latest_of_each()] == ["tiny-11"]
-    assert client.environments[0]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
+    assert client.environments[0]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "300", "STUDY_GIT_COMMIT": "c0ffee"}
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
@@ -222,10 +222,10 @@ def test_secrets_are_sealed_or_stay_here(tmp_path: Path, monkeypatch: pytest.Mon
     assert there.submit(spec(), tmp_path, tracking_uri="http://me:hunter3@head:5000")[1] == []
     shown = json.dumps(client.environments) + json.dumps(client.jobs)
     assert "hunter" not in shown and "head:5000" not in shown
-    assert client.environments[0]["env_vars"].keys() == {"AWS_DEFAULT_REGION", "STUDY_SEALED", "RAY_JOB_STOP_WAIT_TIME_S"}
+    assert client.environments[0]["env_vars"].keys() == {"AWS_DEFAULT_REGION", "STUDY_SEALED", "STUDY_GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"}
     anybody, client = cluster(token="")
     assert anybody.submit(spec(), tmp_path)[1] == ["MLFLOW_TRACKING_PASSWORD"]
-    assert client.environments[0]["env_vars"].keys() == {"AWS_DEFAULT_REGION", "RAY_JOB_STOP_WAIT_TIME_S"}
+    assert client.environments[0]["env_vars"].keys() == {"AWS_DEFAULT_REGION", "STUDY_GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"}
 
 
 def test_a_study_that_was_never_submitted_is_told_with_those_that_were() -> None:
@@ -245,66 +245,14 @@ def test_an_attempt_ends_with_the_code_of_its_study(status: str, exit_code: int 
     assert Attempt("tiny-1", "tiny", 1, "", "", status, exit_code=exit_code).code == code
 
 
-class Head(NamedTuple):
-    """A real Ray cluster of one machine, with token authentication on."""
-
-    address: str
-    environment: dict[str, str]
-    """Of a client that knows the token."""
-    home: Path
-    token: str
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Iterator[Head]:
-    """`ray start --head` in its own temporary directory and on its own ports, ended by its process id."""
+    """A real Ray of one machine, with an empty MLflow store in its study home."""
     folder = tmp_path_factory.mktemp("head")
-    home = folder / "studies"
-    home.mkdir()
-    shutil.copy(mlflow_database, home / "mlflow.db")
-    (folder / "token").write_text(secrets.token_hex(32))
-    # Ray's sockets need a short path.
-    temporary = Path("/tmp") / f"ray-{secrets.token_hex(3)}"
-    known = {**own_environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    port, dashboard, client, agent = _free_ports(4)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}"]
-    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--dashboard-agent-listen-port={agent}", "--object-store-memory=200000000", "--disable-usage-stats"]
-    with (folder / "log.txt").open("wb") as log:
-        environment = {**known, "PATH": path, "STUDY_HOME": str(home)}
-        ray = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + 120
-        while not _asks_for_a_token(address):
-            assert ray.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
-            time.sleep(0.3)
-        yield Head(address, known, home, (folder / "token").read_text())
-    finally:
-        ray.terminate()  # takes its own processes along, and no other Ray's
-        ray.wait(timeout=60)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def _asks_for_a_token(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).close()
-    except urllib.error.HTTPError as error:
-        return error.code == 401
-    except OSError:
-        return False
-    return False
+    (folder / "studies").mkdir()
+    shutil.copy(mlflow_database, folder / "studies" / "mlflow.db")
+    with a_head(folder) as head:
+        yield head
 
 
 MODEL = """
@@ -386,8 +334,6 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
 
 def _trial_runs(home: Path) -> list[dict[str, Any]]:
     """The MLflow runs of trials."""
-    import sqlite3
-
     query = "select status from runs join tags on tags.run_uuid = runs.run_uuid where tags.key = 'study.trial_id'"
     with sqlite3.connect(home / "mlflow.db") as db:
         return [{"status": status} for (status,) in db.execute(query)]

@@ -142,7 +142,7 @@ def test_a_running_study_is_held_by_one_process_as_long_as_that_lives(tmp_path: 
         assert folder.card().state == "running"
         with pytest.raises(HomeError) as caught, folder.running():
             pass
-        assert str(caught.value) == f"{tmp_path}/tiny: another process runs this study; wait for it, or stop it with Ctrl-C"
+        assert str(caught.value) == f"{tmp_path}/tiny: another process runs this study; wait for it, or stop it with `study stop`"
         process.kill()
         process.wait()
         with folder.running():

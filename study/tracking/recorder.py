@@ -7,6 +7,7 @@ Whatever crashes, every trial ends up with exactly one run: the outbox keeps wha
 """
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -33,6 +34,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 PATIENCE = 60.0
 """Seconds that a silent store is asked again for, once the study waits for it."""
 
+
+COMMIT = "STUDY_GIT_COMMIT"
+"""Variable that a submitted study has: its files went to the cluster without their repository."""
 
 STUDY_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 """MLflow's word for each state of a study."""
@@ -229,12 +233,12 @@ def study_params(spec: StudySpec) -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of the present directory, `-dirty` where tracked files differ from it; empty outside a repository."""
+    """The commit of the present directory, `-dirty` where tracked files differ from it; outside a repository what `$STUDY_GIT_COMMIT` says."""
     try:
         commit = _git("rev-parse", "HEAD")
         return f"{commit}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else commit
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return os.environ.get(COMMIT, "")
 
 
 def _git(*command: str) -> str:

@@ -1,0 +1,103 @@
+"""Real Rays for tests: started as a user starts them, with a token, on ports of their own, and ended by their process ids."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.conftest import own_environment
+
+
+class Head(NamedTuple):
+    """A real Ray cluster with token authentication on."""
+
+    address: str
+    """Of its dashboard."""
+    environment: dict[str, str]
+    """Of a client that knows the token."""
+    home: Path
+    token: str
+    port: int
+    """At which further nodes join."""
+
+
+@contextmanager
+def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpus: int = 2) -> Iterator[Head]:
+    """`ray start --head` in its own temporary directory.
+
+    Args:
+        folder: For its log, its token and its study home.
+        host: The address that its dashboard listens on.
+        enter: What stands before each command, to run it elsewhere.
+        cpus: How many Ray believes in.
+    """
+    home = folder / "studies"
+    home.mkdir(exist_ok=True)
+    (folder / "token").write_text(secrets.token_hex(32))
+    # Ray's sockets need a short path.
+    temporary = Path("/tmp") / f"ray-{secrets.token_hex(3)}"
+    known = {**own_environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+    port, dashboard, client, agent = free_ports(4)
+    options = [f"--num-cpus={cpus}", f"--temp-dir={temporary}", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}"]
+    options += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    if host != "127.0.0.1":
+        options.append(f"--node-ip-address={host}")
+    address = f"http://{host}:{dashboard}"
+    try:
+        with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options) as ray:
+            deadline = time.monotonic() + 120
+            while asked(address, enter) != "401":
+                assert ray.poll() is None and time.monotonic() < deadline, (folder / "head.txt").read_text()
+                time.sleep(0.3)
+            yield Head(address, known, home, (folder / "token").read_text(), port)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """`ray start` while the block lasts; it takes its own processes along, and those of no other Ray."""
+    command = [*enter, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", "--disable-usage-stats"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with log.open("wb") as out:
+        ray = subprocess.Popen([*command, *options], env={**environment, "PATH": path}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield ray
+    finally:
+        ray.terminate()
+        ray.wait(timeout=60)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    probes = [socket.socket() for _ in range(number)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def asked(address: str, enter: Sequence[str] = ()) -> str:
+    """The HTTP status with which a dashboard answers who shows no token; empty where nothing answers."""
+    if enter:
+        code = f"from tests.rays import asked; print(asked({address!r}))"
+        done = subprocess.run([*enter, sys.executable, "-c", code], env=own_environment(), capture_output=True, text=True, timeout=60)
+        return done.stdout.strip()
+    try:
+        with urllib.request.urlopen(f"{address}/api/jobs/", timeout=5) as answer:
+            return str(answer.status)
+    except urllib.error.HTTPError as error:
+        return str(error.code)
+    except OSError:
+        return ""
