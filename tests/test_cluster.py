@@ -20,6 +20,7 @@ from study.cli import main
 from study.cluster import Attempt, Cluster, connect
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
 from study.spec import StudySpec, check
+from study.tracking.recorder import COMMIT, git_commit
 from tests.conftest import ROOT
 from tests.rays import Head, a_head
 
@@ -226,6 +227,17 @@ def test_secrets_are_sealed_or_stay_here(tmp_path: Path, monkeypatch: pytest.Mon
     anybody, client = cluster(token="")
     assert anybody.submit(spec(), tmp_path)[1] == ["MLFLOW_TRACKING_PASSWORD"]
     assert client.environments[0]["env_vars"].keys() == {"AWS_DEFAULT_REGION", "STUDY_GIT_COMMIT", "RAY_JOB_STOP_WAIT_TIME_S"}
+
+
+def test_a_submitted_study_knows_the_commit_that_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, client = cluster()
+    there.submit(spec(), tmp_path)
+    [environment] = client.environments
+    monkeypatch.chdir(tmp_path)  # as on the head: no repository
+    monkeypatch.delenv(COMMIT, raising=False)
+    assert git_commit() == ""
+    monkeypatch.setenv(COMMIT, environment["env_vars"][COMMIT])
+    assert git_commit() == "c0ffee"
 
 
 def test_a_study_that_was_never_submitted_is_told_with_those_that_were() -> None:
