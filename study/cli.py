@@ -1,7 +1,7 @@
 """The command line: every command reads a spec or a study, asks one function of this package, and prints its answer.
 
 study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
-study plan SPEC ─> decay audit       study status, best, verify, export NAME, trace TRIAL ─> what was found
+study plan SPEC ─> decay audit       study status, best, verify, report, export NAME, trace TRIAL ─> what was found
 study submit SPEC --address URL ─> the same as a job on a Ray cluster; status, list, logs, stop and doctor take the address, too
 
 answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
@@ -29,11 +29,11 @@ from study import errors, views
 from study.claimspec import ClaimSpec
 from study.display import Watcher
 from study.home import StudyFolder, home_path, tracking_uri_for
-from study.results.best import BestConfig, document
+from study.results.best import BestConfig, document, varied
 from study.results.export import WITH_A_MODEL, Target, export
 from study.results.layers import trace_document
 from study.space import arm_label
-from study.spec import PRODUCT, StudySpec, load_spec
+from study.spec import StudySpec, load_spec
 from study.tuning.status import status as status_of
 
 app = typer.Typer(
@@ -171,6 +171,7 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     watcher = Watcher(out, live=not as_json)
     with _prints_on_stderr(as_json):
         from study.tuning import driver
+        from study.tuning.reporting import gathered, warnings_of
 
         result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher)
     folder = StudyFolder.find(home_path(home), spec.name)
@@ -180,6 +181,8 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
     out.print(views.arms_table(found))
     if spec.claims and (verdicts := json.loads(folder.claims.read_text("utf-8")))["claims"]:
         out.print(views.claims_view(verdicts))
+    for warning in warnings_of(gathered(folder, spec, result.trials)):
+        out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     if result.best is None:
         raise errors.NoResult(views.why_nothing(found), where=spec.name, remedy=views.what_then(found, folder))
     config = document(result.best)
@@ -360,6 +363,34 @@ def export_best(
 
 
 @app.command()
+def report(
+    name: Name,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to. Default: report.html in the study's folder.")
+    ] = None,
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a study found as one HTML page: answer, best config, arms, pictures, claims, warnings, provenance.
+
+    The page needs no network and no scripts. With --json its content is printed instead, unless a file is named.
+    """
+    folder = StudyFolder.find(home_path(home), name)
+    with _prints_on_stderr():
+        from study.results.report import report_document
+        from study.tuning.reporting import REPORT, gathered, report_page, warnings_of
+
+        found = gathered(folder, folder.load_spec())
+    if output is not None or not as_json:
+        target = output or folder.path / REPORT
+        with _writing(target, "-o"):
+            target.write_text(report_page(found), encoding="utf-8")
+    answer = report_document(found)
+    warnings = [Text(f"warning: {warning}", style="yellow") for warning in warnings_of(found)]
+    _answer(as_json, answer, answer["answer"], *warnings)
+
+
+@app.command()
 def trace(
     source: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's id, such as gains-0007, or a trace.parquet.", show_default=False)],
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the trace, too: a file that ends in .svg or .png.")] = None,
@@ -404,11 +435,9 @@ def _load_best(name: str, home: Path | None, tracking_uri: str | None) -> BestCo
 
 def _varied(config: BestConfig, spec: StudySpec | None) -> dict[str, object]:
     """The fields that the study varied, and those that follow from them; without a spec, the optimizer's."""
-    fields = config.trial.dotted()
-    if spec is None:
-        return {path: value for path, value in fields.items() if path.startswith("optimizer.") and value is not None}
-    product = PRODUCT if set(PRODUCT) & set(spec.space) else ()
-    return {path: fields.get(path) for path in dict.fromkeys((*spec.space, *product))}
+    if spec is not None:
+        return varied(config, spec)
+    return {path: value for path, value in config.trial.dotted().items() if path.startswith("optimizer.") and value is not None}
 
 
 @app.command()

@@ -28,7 +28,7 @@ DISTRIBUTION = "effective-lr-study"
 EXTRAS = {
     "core": ("pydantic", "PyYAML"),
     "torch": ("torch", "numpy", "scikit-learn", "mlxtend", "safetensors"),
-    "service": ("ray", "optuna", "mlflow", "pandas", "pyarrow", "scipy", "cmaes", "greenlet", "filelock", "matplotlib", "typer", "rich"),
+    "service": ("ray", "optuna", "mlflow", "pandas", "pyarrow", "scipy", "cmaes", "greenlet", "filelock", "matplotlib", "jinja2", "typer", "rich"),
 }
 """What each part of the installation is known by."""
 

@@ -19,18 +19,20 @@ from study.measurement import Outcome, TrialRecord
 from study.optimizer import OptimizerSpec
 from study.problems import validated
 from study.space import Count, Frozen, Real
-from study.spec import ObjectiveSpec, StudyName
+from study.spec import PRODUCT, ObjectiveSpec, StudyName, StudySpec
 from study.trial import DataSpec, ModelSpec, ScheduleSpec, TrialSpec
 
 MARKS = ("study_id", "trial_id", "trial")
 """Keys by which a best.yaml is told from other YAML files."""
 
-_USE = """\
-# The best trial of the study {name}. In Python:
-#   best = study.load_best("best.yaml")
-#   optimizer = study.build_optimizer(model, best.optimizer)
-#   scheduler = study.build_scheduler(optimizer, best.schedule, total_steps=10_000)
-"""
+USE = (
+    'best = study.load_best("best.yaml")',
+    "optimizer = study.build_optimizer(model, best.optimizer)",
+    "scheduler = study.build_scheduler(optimizer, best.schedule, total_steps=10_000)",
+)
+"""How a best.yaml is used in Python."""
+
+_HEADER = "# The best trial of the study {name}. In Python:\n" + "".join(f"#   {line}\n" for line in USE)
 
 
 def _iso(value: str) -> str:
@@ -122,7 +124,7 @@ class BestConfig(Frozen):
 
     def to_yaml(self) -> str:
         """The file's text: how to use it, then every field."""
-        return _USE.format(name=self.name) + to_yaml(self.model_dump(mode="json"))
+        return _HEADER.format(name=self.name) + to_yaml(self.model_dump(mode="json"))
 
     def save(self, path: str | Path) -> None:
         """Writes the file, whole or not at all.
@@ -188,6 +190,13 @@ def load_best(source: str | Path, home: str | Path | None = None) -> BestConfig:
 def is_file(source: str | Path) -> bool:
     """Whether `source` means a file rather than a study or a run: a Path, a file that exists, or anything that no study can be named."""
     return isinstance(source, Path) or re.fullmatch(r"[a-z0-9-]+", source) is None or Path(source).is_file()
+
+
+def varied(best: BestConfig, spec: StudySpec) -> dict[str, object]:
+    """The fields that a study varied, and those that follow from them, with their values in its best trial."""
+    fields = best.trial.dotted()
+    product = PRODUCT if set(PRODUCT) & set(spec.space) else ()
+    return {path: fields.get(path) for path in dict.fromkeys((*spec.space, *product))}
 
 
 def document(best: BestConfig) -> dict[str, Any]:

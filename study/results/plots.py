@@ -10,6 +10,7 @@ One step is noisy, and theory speaks of the mean of its square: rotations and un
 """
 
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -148,6 +149,14 @@ def save(figure: Figure, path: str | Path) -> None:
     metadata: dict[str, Any] = {"Date": None} if Path(path).suffix == ".svg" else {}
     with mpl.rc_context(STYLE):
         figure.savefig(path, metadata=metadata, dpi=150)
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as an SVG document; an unchanged figure gives the same text again."""
+    text = StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def _draw_effective_lr(axes: Axes, trace: "pd.DataFrame") -> None:

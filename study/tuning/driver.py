@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from study.errors import Interrupted, TrackingUnavailable
-from study.home import StudyFolder, home_path, tracking_uri_for
+from study.home import State, StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
 from study.results.pictures import draw
@@ -91,8 +91,10 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
             raise undelivered[0]
         artifacts += draw(folder, spec, result.trials, recorder.attach)
         tags = _verify(folder, spec, result.trials)
-        recorder.finish("finished" if result.best else "failed", [*artifacts, folder.claims], tags=tags)
-        folder.update(state="finished" if result.best else "failed")
+        state: State = "finished" if result.best else "failed"
+        artifacts += _report(folder, spec, result.trials, state)
+        recorder.finish(state, [*artifacts, folder.claims], tags=tags)
+        folder.update(state=state)
         return result
 
 
@@ -233,6 +235,13 @@ def _verify(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame") -> dict
     return verdict_tags(verdicts)
 
 
+def _report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: State) -> list[Path]:
+    """Writes the report; returns it as a file, or nothing where it could not be written."""
+    from study.tuning.reporting import write_report
+
+    return write_report(folder, spec, table, state)
+
+
 def _read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
     """The result of a study that has ended; claims that it did not make before are tested now."""
     import pandas as pd
@@ -244,7 +253,8 @@ def _read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResul
     before = folder.claims.read_text("utf-8") if folder.claims.exists() else ""
     tags = _verify(folder, spec, table)
     if spec.claims and folder.claims.read_text("utf-8") != before:
-        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec], tags)
+        report = _report(folder, spec, table, folder.card().state)
+        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], tags)
     return StudyResult(folder.card().study_id, best, table)
 
 
