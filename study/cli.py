@@ -441,6 +441,49 @@ def _varied(config: BestConfig, spec: StudySpec | None) -> dict[str, object]:
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="A new file.", show_default=True)] = Path("my-study.yaml"),
+    model: Annotated[str, typer.Option(help="mlp, resnet, transformer, or import:package.module:function.")] = "resnet",
+    data: Annotated[str, typer.Option(help="digits, mnist5k, npz, or import:package.module:function.")] = "digits",
+    rule: Annotated[str, typer.Option(help="sgd, adam, adamw, lion or muon.")] = "sgd",
+    scientific: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[=VALUES]", help="A field whose values are compared. Repeatable. Default: optimizer.gamma.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="What the study is to find out.")] = "Which norm gains should weight decay touch?",
+) -> None:
+    """Write a commented spec for your case: a valid one, to be edited. An existing file is left as it is."""
+    from study.starter import Start, spec_text, write_spec
+
+    start = Start(file.stem.lower().replace("_", "-"), question, model, data, rule, tuple(scientific or ("optimizer.gamma",)))
+    write_spec(spec_text(start), file)
+    print(f"written to {file}; look at it, then: study plan {shlex.quote(str(file))}", file=sys.stderr)
+
+
+@app.command()
+def delete(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a study: its folder and its MLflow runs, after asking. A study that runs is refused.
+
+    MLflow keeps deleted runs, and their artifacts, until `mlflow gc`.
+    """
+    from study.removal import leavings, remove
+
+    with _prints_on_stderr():
+        left = leavings(home_path(home), name, tracking_uri)
+        if not yes and (as_json or not sys.stdin.isatty()):
+            raise errors.InputError("nobody can be asked here whether to remove it", where=name, remedy=f"add --yes to remove {left}")
+        if not yes and not typer.confirm(f"Remove {left}?", err=True):
+            raise typer.Exit(0)
+        remove(left)
+    _answer(as_json, left.document(), f"removed {left}")
+
+
+@app.command()
 def ui(
     home: Home = None,
     tracking_uri: TrackingUri = None,

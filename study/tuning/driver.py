@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from study.errors import Interrupted, TrackingUnavailable
 from study.home import State, StudyFolder, home_path, tracking_uri_for
@@ -91,7 +91,7 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
             raise undelivered[0]
         artifacts += draw(folder, spec, result.trials, recorder.attach)
         tags = _verify(folder, spec, result.trials)
-        state: State = "finished" if result.best else "failed"
+        state: Literal["finished", "failed"] = "finished" if result.best else "failed"
         artifacts += _report(folder, spec, result.trials, state)
         recorder.finish(state, [*artifacts, folder.claims], tags=tags)
         folder.update(state=state)
