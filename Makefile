@@ -42,7 +42,7 @@ bench: .venv/.installed ## Measure our overhead, as ratios
 	@$(BIN)/python -m tests.benchmarks.run
 
 services: ## Start an MLflow server on PostgreSQL, on loopback, with docker compose; needs POSTGRES_PASSWORD
-	@docker compose --file services/compose.yaml up --detach --wait
+	@docker compose --file examples/services/compose.yaml up --detach --wait
 
 clean: ## Remove what make installed and cached; studies stay
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

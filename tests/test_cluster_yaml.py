@@ -67,7 +67,7 @@ def test_nodes_install_extras_that_exist_with_the_pinned_versions() -> None:
     assert (ROOT / constraints[1]).is_file()
 
 
-NAMED = [ROOT / "cluster.yaml", ROOT / "services" / "compose.yaml", ROOT / "docs" / "cluster.md"]
+NAMED = [ROOT / "cluster.yaml", ROOT / "examples" / "services" / "compose.yaml", ROOT / "docs" / "cluster.md"]
 
 
 @pytest.mark.parametrize("file", NAMED, ids=lambda file: file.name)
@@ -83,7 +83,7 @@ def test_every_command_of_study_exists_with_its_options(file: Path) -> None:
 @pytest.mark.parametrize("file", NAMED, ids=lambda file: file.name)
 def test_every_file_and_target_that_is_named_exists(file: Path) -> None:
     text = file.read_text("utf-8")
-    for name in re.findall(r"\b(?:docs|services|search_spaces|study)/[\w/]+\.\w+", text):
+    for name in re.findall(r"\b(?:docs|examples|search_spaces|study)/[\w/]+\.\w+", text):
         assert (ROOT / name).is_file(), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?<!\w)make ([a-z]+)(?= +(?:starts|docker))", text)) <= targets
@@ -136,7 +136,7 @@ def test_the_comments_for_other_clouds_are_accepted() -> None:
 
 
 def test_the_services_are_on_loopback_and_make_the_tables_once() -> None:
-    services = yaml.safe_load((ROOT / "services" / "compose.yaml").read_text())["services"]
+    services = yaml.safe_load((ROOT / "examples" / "services" / "compose.yaml").read_text())["services"]
     assert [port for service in services.values() for port in service.get("ports", ())] == ["${MLFLOW_ADDRESS:-127.0.0.1}:5000:5000"]
     assert services["mlflow"]["depends_on"] == {"tables": {"condition": "service_completed_successfully"}}
     assert "db upgrade" in services["tables"]["command"][-1]

@@ -123,7 +123,7 @@ def test_a_snapshot_from_elsewhere_executes_nothing(write: Any, tmp_path: Path) 
 
 def test_servers_are_on_loopback_unless_told_otherwise() -> None:
     assert inspect.signature(cli.ui).parameters["host"].default == "127.0.0.1"
-    for name in ("cluster.yaml", "services/compose.yaml"):
+    for name in ("cluster.yaml", "examples/services/compose.yaml"):
         text = (ROOT / name).read_text()
         assert yaml.safe_load(text)
         assert "0.0.0.0:" not in text and "dashboard-host=0.0.0.0" not in text
