@@ -184,4 +184,4 @@ def _inline(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+    return f"{value:g}".replace("e-0", "e-")

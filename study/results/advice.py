@@ -248,7 +248,7 @@ def _diverged(spec: StudySpec, trials: "pd.DataFrame") -> list[Advice]:
         region = found[0][1]
         inside, outside = diverged[region.holds], diverged[~region.holds]
         says = (
-            f"{int(inside.sum())} of {counted(len(inside), 'trial')} with {region.words} diverged, of the other {len(outside)} {int(outside.sum())}"
+            f"{int(inside.sum())} of {counted(len(inside), 'trial')} with {region.words} diverged, and {int(outside.sum())} of the other {len(outside)}"
         )
         return [Advice("diverged", says, region.remedy)]
     if count < MANY_DIVERGED * len(trials):
