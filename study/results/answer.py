@@ -53,7 +53,7 @@ def _compared(comparison: Comparison) -> list[str]:
     if level and beaten:
         sentences.append(f"It is ahead of {listed(beaten)}.")
     if comparison.wins_again is not None:
-        sentences.append(f"Trained again on as many fresh seeds, it would win again with probability {comparison.wins_again:.2f}.")
+        sentences.append(f"On one more fresh seed, it would win again with probability {comparison.wins_again:.2f}.")
     return sentences
 
 
