@@ -477,10 +477,19 @@ def delete(
         left = leavings(home_path(home), name, tracking_uri)
         if not yes and (as_json or not sys.stdin.isatty()):
             raise errors.InputError("nobody can be asked here whether to remove it", where=name, remedy=f"add --yes to remove {left}")
-        if not yes and not typer.confirm(f"Remove {left}?", err=True):
+        if not yes and not _confirmed(f"Remove {left}?"):
+            print("nothing was removed", file=sys.stderr)
             raise typer.Exit(0)
         remove(left)
     _answer(as_json, left.document(), f"removed {left}")
+
+
+def _confirmed(question: str) -> bool:
+    """Asks on stderr; an end of input is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        return False
 
 
 @app.command()

@@ -48,7 +48,7 @@ def leavings(home: Path, name: str, tracking_uri: str | None = None) -> Leavings
 
     Raises:
         NotFound: if the home has no study of that name.
-        HomeError: if the folder is a link to somewhere else.
+        HomeError: if the folder is a link to somewhere else, or a process runs the study.
         InputError: if its runs are in another MLflow store than the one that is asked.
         TrackingUnavailable: if the MLflow store does not answer.
     """
@@ -56,6 +56,8 @@ def leavings(home: Path, name: str, tracking_uri: str | None = None) -> Leavings
     if folder.path.resolve() != home.resolve() / name:
         raise HomeError("this folder is a link, and what it leads to is not removed", where=str(folder.path), remedy="remove the link by hand")
     card, uri = folder.card(), tracking_uri_for(home, tracking_uri)
+    if card.state == "running":
+        raise HomeError("this study runs, and is not removed", where=str(folder.path), remedy=f"stop it first: study stop {name}")
     runs = _runs(card, uri)
     if not runs and card.run_id and masked(uri) != card.tracking_uri:
         remedy = f"name that store with --tracking-uri: {card.tracking_uri}"
@@ -77,7 +79,7 @@ def remove(left: Leavings) -> None:
     """Removes the runs, then the folder: what is interrupted in between can be repeated.
 
     Raises:
-        HomeError: if a process runs the study, or its files cannot be removed.
+        HomeError: if a process has begun to run the study, or its files cannot be removed.
         TrackingUnavailable: if the MLflow store does not answer.
     """
     with left.folder.running():

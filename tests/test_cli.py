@@ -32,7 +32,10 @@ from study.tracking.store import connect
 from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"schema", "validate", "plan", "run", "list", "status", "best", "verify", "export", "trace", "ui", "doctor", "submit", "logs", "stop"}
+COMMANDS = {
+    *("init", "schema", "validate", "plan", "run", "submit", "list", "status", "logs", "stop", "delete"),
+    *("best", "verify", "report", "export", "trace", "ui", "doctor"),
+}
 
 SPEC = """\
 name: gains

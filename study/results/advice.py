@@ -247,9 +247,7 @@ def _diverged(spec: StudySpec, trials: "pd.DataFrame") -> list[Advice]:
     if found and found[0][0] < SIGNIFICANT:
         region = found[0][1]
         inside, outside = diverged[region.holds], diverged[~region.holds]
-        says = (
-            f"{int(inside.sum())} of {counted(len(inside), 'trial')} with {region.words} diverged, and {int(outside.sum())} of the other {len(outside)}"
-        )
+        says = f"{int(inside.sum())} of {counted(len(inside), 'trial')} with {region.words} diverged, and {int(outside.sum())} of the other {len(outside)}"
         return [Advice("diverged", says, region.remedy)]
     if count < MANY_DIVERGED * len(trials):
         return []
