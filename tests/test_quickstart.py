@@ -96,7 +96,19 @@ def test_every_trial_has_exactly_one_run_below_the_study(runs: list[Any], parent
 def test_the_study_is_a_finished_run_with_its_question_and_its_files(client: Any, parent: Any) -> None:
     assert (parent.info.run_name, parent.info.status) == ("quickstart", "FINISHED")
     assert parent.data.tags["mlflow.note.content"] == SPEC.question
-    assert artifacts(client, parent) >= {"spec.yaml", "trials.parquet", "best.yaml", "environment.json"}
+    assert artifacts(client, parent) >= {"spec.yaml", "trials.parquet", "best.yaml", "environment.json", "report.html"}
+
+
+def test_the_report_answers_the_question_with_what_the_table_holds(client: Any, parent: Any, table: pd.DataFrame, tmp_path: Path) -> None:
+    page = Path(client.download_artifacts(parent.info.run_id, "report.html", str(tmp_path))).read_text("utf-8")
+    best = table[table["outcome"] == "completed"].sort_values("value").iloc[0]
+    assert f"<h1>{SPEC.question}</h1>" in page
+    assert f"The lowest val/error, {best['value']:.4g}, is that of {best['arm']}" in page
+    assert "differences are not findings" in page
+    assert page.count("<svg") == 2
+    assert all(name in page for name in (f"{parent.info.run_id}</code>", *LAYERS))
+    assert len(page) < 1_500_000
+    assert "<script" not in page
 
 
 def test_every_run_carries_the_tags_of_its_study(runs: list[Any], parent: Any) -> None:
