@@ -68,6 +68,9 @@ Compare: TypeAlias = Annotated[
 Address: TypeAlias = Annotated[
     str | None, typer.Option("--address", metavar="URL", help="Dashboard of the Ray cluster to which it was submitted, as http://head:8265.")
 ]
+Enqueue: TypeAlias = Annotated[
+    list[str] | None, typer.Option(metavar="POINT", help="Try a point first, such as '{\"optimizer.lr\": 0.1}'; the rest is drawn. Repeatable.")
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -163,7 +166,14 @@ def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", hom
 
 
 @app.command()
-def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+def run(
+    spec_file: SpecFile,
+    overrides: Sets = None,
+    enqueue: Enqueue = None,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
     spec = load_spec(spec_file, overrides or ())
     out = views.console(stderr=as_json)
@@ -173,7 +183,7 @@ def run(spec_file: SpecFile, overrides: Sets = None, home: Home = None, tracking
         from study.tuning import driver
         from study.tuning.reporting import gathered, warnings_of
 
-        result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher)
+        result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher, enqueue=enqueue or ())
     folder = StudyFolder.find(home_path(home), spec.name)
     found = status_of(folder)
     if not watcher.watched:

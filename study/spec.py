@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from study.claimspec import ClaimSpec, canonical_claim, claim_problems
 from study.credentials import credential_problems
@@ -51,14 +51,19 @@ StudyName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-
 
 
 class SearchSpec(Frozen):
-    """How assignments are drawn, and how many."""
+    """How assignments are drawn, and how many; within an arm no assignment is tried twice."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     trials: Count
     """Trials in all, over all arms; replicates are not counted."""
     sampler: Literal["tpe", "random", "sobol", "grid", "gp", "cmaes"] = "tpe"
-    """How values are proposed."""
+    """How values are proposed. `grid` tries every combination once, or as many of them as there are trials."""
     seed: Seed = 0
     """Draws the proposals."""
+    from_: str | None = Field(default=None, alias="from")
+    """Another study to learn from: its name in the home, or its folder. Those of its trials that this study could propose, equal in every
+    field, are added as results; the best completed ones of the others lend their values on shared axes to the first trials."""
 
 
 class ObjectiveSpec(Frozen):

@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from study.home import State, StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult, choose_best
 from study.results.pictures import draw
+from study.space import Assignment
 from study.spec import StudySpec
 from study.tracking.names import masked
 from study.tracking.outbox import Outbox
@@ -30,7 +31,9 @@ from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec, flatten
 from study.tuning.choosing import Choice, choose
 from study.tuning.hosting import history_of, tune_study
+from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
+from study.tuning.warmstart import Earlier, earlier_trials, warm_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +59,14 @@ class StudyResult:
     """One row for each trial: its fields by dotted path, its outcome, its value and its final metrics."""
 
 
-def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | None = None, watch: Watch | None = None) -> StudyResult:
+def run(
+    spec: StudySpec,
+    *,
+    home: str | Path | None = None,
+    tracking_uri: str | None = None,
+    watch: Watch | None = None,
+    enqueue: Sequence[str] = (),
+) -> StudyResult:
     """Runs a study here, or on the cluster that `RAY_ADDRESS` names; continues it where an earlier start stopped.
 
     Args:
@@ -64,16 +74,18 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         home: Folder of all studies. Default: `$STUDY_HOME`, else `./studies`.
         tracking_uri: MLflow store. Default: `$MLFLOW_TRACKING_URI`, else SQLite in the home.
         watch: Shows progress while the study runs.
+        enqueue: Points to be tried first, such as `{"optimizer.lr": 0.1}`; in every arm, unless it names one.
 
     Raises:
         InputError: if something cannot work; no trial has been started then.
         Interrupted: after Ctrl-C; the same call continues the study.
     """
     base = home_path(home)
+    wishes, earlier = wished(spec, enqueue), earlier_trials(spec, base)
     folder = StudyFolder.prepare(base, spec)
     with folder.running():
         folder.remember(spec)
-        if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= spec.search.trials:
+        if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= sum(planned(spec).values()):
             return _read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
@@ -83,7 +95,7 @@ def run(spec: StudySpec, *, home: str | Path | None = None, tracking_uri: str | 
         recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine=choice.engine)
         folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
         with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
-            _search(spec, folder, choice, interrupt)
+            _search(spec, folder, choice, interrupt, wishes, earlier)
         if interrupt.is_set():
             raise _interrupted(spec, folder, recorder)
         result, artifacts = _conclude(spec, folder)
@@ -116,7 +128,14 @@ def _unwatched(folder: StudyFolder, interrupt: threading.Event) -> AbstractConte
     return nullcontext()
 
 
-def _search(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: threading.Event) -> None:
+def _search(
+    spec: StudySpec,
+    folder: StudyFolder,
+    choice: Choice,
+    interrupt: threading.Event,
+    wishes: Sequence[tuple[Assignment, Assignment]],
+    earlier: Sequence[Earlier],
+) -> None:
     """Runs every trial that is left, and settles the ones that the end of the search cut short."""
     from study.tuning.callbacks import settle
     from study.tuning.search import Search
@@ -126,9 +145,15 @@ def _search(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: thr
     for trial_id, (ending, value) in search.told().items():
         if trial_id in outbox.orphans():
             settle(outbox, folder.path, trial_id, ending, value)
+    for point, arm in wishes:
+        search.enqueue(point, arm)
+    if said := warm_start(search, earlier):
+        log.warning(said)
     left = [(proposal, history_of(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
     if left or search.unasked:
         tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
+    if (done := search.exhausted) and not interrupt.is_set():
+        log.warning("the search ended early: every combination of %s has been tried", "; ".join(done))
     cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
     for proposal in search.running():
         history = [objective for _, objective in history_of(outbox, proposal.trial_id, spec.objective)]

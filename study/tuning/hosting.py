@@ -52,7 +52,7 @@ def tune_study(
     from ray import tune
 
     from study.tuning.callbacks import LedgerCallback
-    from study.tuning.search import JournalSearcher
+    from study.tuning.searcher import JournalSearcher
     from study.tuning.stopping import stopping
 
     resources = spec.resources

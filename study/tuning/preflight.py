@@ -16,6 +16,7 @@ from study.training.models import build_model
 from study.training.plans import roles_on
 from study.training.roles import ParameterRole, Role
 from study.trial import TrialSpec
+from study.tuning.points import size_warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[s
         for policy in _policies(spec, spec.trial):
             if absent := absent_places(roles, policy):
                 found.append(f"optimizer.gamma: {policy}: the model has no gain at {' or '.join(absent)}; the rest of the policy is applied")
+    found += size_warnings(spec)
     if spec.replicate.top:
         found.append(f"replicate.top {spec.replicate.top}: this version does not replicate trials; the best is the best of one seed")
     if not any(role.scale_invariant for role in roles if role.role is Role.WEIGHT):

@@ -1,4 +1,4 @@
-"""Search: axes to Optuna, and our own Tune searcher over its ask and tell. The only door to Optuna.
+"""Search: axes to Optuna, trial by trial, over its journal. With `journal`, the only door to Optuna.
 
     arm 1 ── Optuna study ─┐
     arm 2 ── Optuna study ─┼── one journal file, the only durable truth ──> trial number i belongs to arm i mod arms
@@ -13,31 +13,29 @@
 
 Arms take turns and each has a sampler of its own, so an interrupted study is still balanced. A sampler's randomness is derived
 from the trial's number, because Optuna does not store it.
+
+The journal is written through Optuna's storage, not through `Study.ask` and `tell`: these look through all trials at every call, and
+would write a trial into the journal before it is known whether its values are new.
 """
 
-import hashlib
-import itertools
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
-from ray.tune.search import Searcher
-from scipy.stats import qmc
+from optuna.trial import FrozenTrial, TrialState
 
 from study.measurement import Ending, Outcome
-from study.space import Assignment, Axis, arm_label
+from study.space import Assignment, arm_label
 from study.spec import StudySpec
 from study.trial import TrialSpec
-from study.tuning.stopping import EPOCH, OBJECTIVE, History
-from study.tuning.trainables import VALUE, ending_of
+from study.tuning.journal import FROM, WISH, ArmJournal
+from study.tuning.points import seed_of, sobol_point
+from study.tuning.warmstart import Earlier, matching
 
 DIVERGED = "diverged"
 """Name of the constraint that a diverged trial violates."""
@@ -45,8 +43,16 @@ DIVERGED = "diverged"
 ENDING = "ending"
 """User attribute of a told trial: its outcome and reason."""
 
+CONSTRAINT = f"constraints:{DIVERGED}"
+"""System attribute by which Optuna knows that a trial violates it (optuna 5, `Trial.set_constraint`)."""
+
+MODELS = ("tpe", "gp", "cmaes")
+"""Samplers that learn from results."""
+
+REDRAWS = 20
+"""How often an assignment that its arm has had is drawn anew by the sampler, then at random, before one of the rest is taken."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,88 +65,106 @@ class Proposal:
 
 
 class Search:
-    """The journal of a study: proposes trials, and is told how they ended."""
+    """The journal of a study: proposes trials, and is told how they ended.
+
+    No trial of an arm is proposed twice: an assignment that is drawn again is replaced, and the search of a finite space ends with its
+    last point. Points can be enqueued, which the next trials of an arm then try; results of another study can be added, from which
+    samplers learn as from the study's own.
+    """
 
     def __init__(self, spec: StudySpec, journal: Path) -> None:
-        storage = JournalStorage(JournalFileBackend(str(journal)))
         self.spec, self.arms = spec, spec.arms
-        self._studies = [
-            optuna.create_study(
-                storage=storage,
-                study_name=f"{spec.name}/{arm_label(arm)}",
-                direction=spec.objective.direction,
-                load_if_exists=True,
-            )
-            for arm in self.arms
-        ]
-        self._startup = max(4, min(10, spec.search.trials // len(self.arms) // 3))
-        self._points = list(_points(spec)) if spec.search.sampler == "grid" else None
-        self._next = sum(len(study.get_trials(deepcopy=False)) for study in self._studies)
+        self._storage = JournalStorage(JournalFileBackend(str(journal)))
+        self._books = [ArmJournal(spec, arm, self._storage) for arm in self.arms]
+        self.startup = startup(spec)
+        for number in self._undrawn():
+            self._draw(number)
 
     def running(self) -> list[Proposal]:
         """The trials that were proposed and never told: to be issued again first."""
-        found = []
-        for arm, study in enumerate(self._studies):
-            for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                number = frozen.number * len(self.arms) + arm
-                found.append((number, self._proposal(number, self._trial(number))))
-        return [proposal for _, proposal in sorted(found, key=lambda pair: pair[0])]
+        return [self._proposal(number) for number, frozen in self._own() if not frozen.state.is_finished()]
 
     def told(self) -> dict[str, tuple[Ending, float | None]]:
         """How every told trial ended."""
         found: dict[str, tuple[Ending, float | None]] = {}
-        for arm, study in enumerate(self._studies):
-            for frozen in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)):
+        for number, frozen in self._own():
+            if frozen.state.is_finished():
                 said = frozen.user_attrs.get(ENDING, {"outcome": Outcome.FAILED, "reason": "", "value": None})
-                ending = Ending(Outcome(said["outcome"]), said["reason"])
-                found[self.trial_id(frozen.number * len(self.arms) + arm)] = (ending, said["value"])
+                found[self.trial_id(number)] = (Ending(Outcome(said["outcome"]), said["reason"]), said["value"])
         return found
 
     @property
     def unasked(self) -> int:
         """How many trials are left to propose."""
-        planned = self.spec.search.trials
-        if self._points is not None:
-            planned = min(planned, len(self._points) * len(self.arms))
-        return max(0, planned - self._next)
+        return sum(book.left for book in self._books)
+
+    @property
+    def exhausted(self) -> list[str]:
+        """The arms of which every point has been proposed before their share of the trials was."""
+        return [book.label for book in self._books if not book.left and len(book.own) < book.share]
 
     def ask(self) -> Proposal | None:
         """The next trial, or None when all have been proposed."""
-        number = self._next
-        if not self.unasked:
+        due = [len(book.own) * len(self.arms) + index for index, book in enumerate(self._books) if book.left]
+        if not due:
             return None
-        self._next += 1
-        study, local = self._studies[number % len(self.arms)], number // len(self.arms)
-        if (point := self._point(local)) is not None:
-            study.enqueue_trial(point)
-        study.sampler = self._sampler(number, local)
-        trial = study.ask()
-        assert trial.number == local, "another process writes to this journal"
-        return self._proposal(number, trial)
+        number = min(due)
+        book = self._arm_of(number)
+        wish = book.next_wish()
+        book.create({} if wish is None else {WISH: wish})
+        self._draw(number)
+        return self._proposal(number)
+
+    def enqueue(self, point: Assignment, arm: Assignment | None = None) -> None:
+        """Has a point tried by the next trials of every arm, or of those that agree with *arm*; what it leaves open is drawn.
+
+        Enqueuing a point again changes nothing, also after a restart.
+        """
+        for book in self._books:
+            if all(book.arm[path] == value for path, value in (arm or {}).items()):
+                book.wish(point)
+
+    def add(self, earlier: "Earlier") -> bool:
+        """Adds a trial of another study, if it is one that this study could propose; returns whether it could. Once is enough."""
+        for book in self._books:
+            if (point := matching(self.spec, book.arm, earlier.trial)) is None:
+                continue
+            trial_id = book.added.get(earlier.source)
+            trial_id = book.create({FROM: earlier.source}) if trial_id is None else trial_id
+            if not self._storage.get_trial(trial_id).state.is_finished():
+                book.set(trial_id, point)
+                for epoch, objective in earlier.history:
+                    self._storage.set_trial_intermediate_value(trial_id, epoch, objective)
+                self._close(trial_id, earlier.ending, earlier.value)
+            return True
+        return False
 
     def report(self, trial_id: str, epoch: int, objective: float) -> None:
         """Notes the objective at an epoch; a repeated epoch is ignored."""
-        trial = self._trial(self.number(trial_id))
-        if epoch not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-            trial.report(objective, epoch)
+        frozen = self._frozen(self.number(trial_id))
+        if not frozen.state.is_finished() and epoch not in frozen.intermediate_values:
+            self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, objective)
 
     def tell(self, trial_id: str, ending: Ending, value: float | None) -> None:
         """Closes a trial as what it is. Telling a trial twice changes nothing; an interrupted one stays open."""
-        number = self.number(trial_id)
-        study, trial = self._studies[number % len(self.arms)], self._trial(number)
-        if ending.outcome is Outcome.INTERRUPTED or study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-            return
-        trial.set_user_attr(ENDING, {"outcome": str(ending.outcome), "reason": ending.reason, "value": value})
+        frozen = self._frozen(self.number(trial_id))
+        if ending.outcome is not Outcome.INTERRUPTED and not frozen.state.is_finished():
+            self._close(frozen._trial_id, ending, value)
+
+    def _close(self, trial_id: int, ending: Ending, value: float | None) -> None:
+        self._storage.set_trial_user_attr(trial_id, ENDING, {"outcome": str(ending.outcome), "reason": ending.reason, "value": value})
         match ending.outcome:
             case Outcome.COMPLETED:
-                study.tell(trial.number, value)
-            case Outcome.STOPPED:
-                study.tell(trial.number, state=TrialState.PRUNED)
-            case Outcome.DIVERGED:
-                trial.set_constraint(DIVERGED, 1.0)
-                study.tell(trial.number, state=TrialState.PRUNED)
+                assert value is not None and math.isfinite(value), "a trial completes with a finite value"
+                self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
             case Outcome.FAILED:
-                study.tell(trial.number, state=TrialState.FAIL)
+                self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            case outcome:
+                seen = self._storage.get_trial(trial_id).intermediate_values
+                if outcome is Outcome.DIVERGED:
+                    self._storage.set_trial_system_attr(trial_id, CONSTRAINT, 1.0)
+                # As Optuna does itself: a pruned trial's value is that of its last step.
+                self._storage.set_trial_state_values(trial_id, TrialState.PRUNED, [seen[max(seen)]] if seen else None)
 
     def trial_id(self, number: int) -> str:
         """`gamma-roles-0007`."""
@@ -150,160 +174,64 @@ class Search:
         """The inverse of `trial_id`."""
         return int(trial_id.rpartition("-")[2])
 
-    def _trial(self, number: int) -> optuna.Trial:
-        """A handle on a trial that exists; suggesting again on it returns the values that it already has."""
-        study = self._studies[number % len(self.arms)]
-        frozen = study.get_trials(deepcopy=False)[number // len(self.arms)]
-        return optuna.Trial(study, frozen._trial_id)
+    def _arm_of(self, number: int) -> ArmJournal:
+        return self._books[number % len(self.arms)]
 
-    def _proposal(self, number: int, trial: optuna.Trial) -> Proposal:
-        arm = self.arms[number % len(self.arms)]
-        assignment = {**arm, **self._suggest(trial, arm)}
-        return Proposal(self.trial_id(number), arm_label(arm), self.spec.trial_for(assignment))
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self._storage.get_trial(self._arm_of(number).own[number // len(self.arms)])
 
-    def _suggest(self, trial: optuna.Trial, arm: Assignment) -> Assignment:
-        drawn: Assignment = {}
-        for path in _parents_first(self.spec.nuisance):
-            axis = self.spec.space[path]
-            if all({**arm, **drawn}.get(parent, _MISSING) == value for parent, value in axis.when.items()):
-                drawn[path] = _suggested(trial, path, axis, self.spec.integer(path))
-        return drawn
+    def _own(self) -> Iterator[tuple[int, FrozenTrial]]:
+        """The study's own trials in the order of proposing."""
+        for number in sorted(local * len(self.arms) + arm for arm, book in enumerate(self._books) for local in range(len(book.own))):
+            yield number, self._frozen(number)
+
+    def _undrawn(self) -> list[int]:
+        """Trials that a crash left without all their values."""
+        return [number for number, frozen in self._own() if not frozen.state.is_finished() and not self._arm_of(number).is_complete(frozen.params)]
+
+    def _proposal(self, number: int) -> Proposal:
+        arm = self._arm_of(number).arm
+        return Proposal(self.trial_id(number), arm_label(arm), self.spec.trial_for({**arm, **self._frozen(number).params}))
+
+    def _draw(self, number: int) -> None:
+        """Gives a trial that has been created values that no other trial of its arm has."""
+        book, local = self._arm_of(number), number // len(self.arms)
+        frozen = self._frozen(number)
+        fixed = {**book.wishes[frozen.user_attrs[WISH]], **frozen.params} if WISH in frozen.user_attrs else dict(frozen.params)
+        known = fixed if fixed else self._known(book, local)
+        sampler = self._sampler(number, local)
+        # A fresh view: a Study keeps the trials that it has seen until it is asked itself.
+        study = optuna.Study(book.name, self._storage, sampler)
+        sampler.before_trial(study, frozen)
+        for attempt in range(2 * REDRAWS):
+            if attempt == REDRAWS:
+                study.sampler, fixed = RandomSampler(seed_of(self.spec.search.seed, -3 - number)), {}
+            point = book.sampled(study, frozen, fixed if attempt else known)
+            if book.is_new(point):
+                break
+        else:
+            point = book.another(point, self.spec.search.seed, number)
+        book.set(frozen._trial_id, point)
+
+    def _known(self, book: ArmJournal, local: int) -> Assignment:
+        """A point that is known beforehand: of the grid, of a Sobol sequence, or of the Sobol start of a model-based sampler."""
+        if self.spec.search.sampler == "grid" and book.points is not None:
+            return next((point for point in book.points if book.is_new(point)), {})
+        sobol = self.spec.search.sampler == "sobol" or (self.spec.search.sampler in MODELS and local < self.startup)
+        return sobol_point(self.spec, local) if sobol and self.spec.nuisance else {}
 
     def _sampler(self, number: int, local: int) -> BaseSampler:
-        seed = _seed(self.spec.search.seed, number)
+        seed = seed_of(self.spec.search.seed, number)
         match self.spec.search.sampler:
-            case "tpe" if local >= self._startup:
+            case "tpe" if local >= self.startup:
                 return TPESampler(seed=seed, n_startup_trials=0)
-            case "gp" if local >= self._startup:
+            case "gp" if local >= self.startup:
                 return GPSampler(seed=seed, n_startup_trials=0)
-            case "cmaes" if local >= self._startup:
+            case "cmaes" if local >= self.startup:
                 return CmaEsSampler(seed=seed, n_startup_trials=0, warn_independent_sampling=False)
         return RandomSampler(seed)
 
-    def _point(self, local: int) -> Assignment | None:
-        """A point that is known beforehand: of the grid, of a Sobol sequence, or of the Sobol start of a model-based sampler."""
-        if self._points is not None:
-            return self._points[local]
-        sobol = self.spec.search.sampler == "sobol" or (self.spec.search.sampler != "random" and local < self._startup)
-        return _sobol_point(self.spec, local) if sobol and self.spec.nuisance else None
 
-
-_MISSING = object()
-
-
-def _seed(seed: int, number: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4])
-
-
-def _parents_first(axes: Mapping[str, Axis]) -> list[str]:
-    """Paths in an order in which every condition is decided before the axis that it governs."""
-    order: list[str] = []
-    waiting = list(axes)
-    while waiting:
-        ready = [path for path in waiting if not any(parent in waiting for parent in axes[path].when)] or waiting[:1]
-        order += ready
-        waiting = [path for path in waiting if path not in ready]
-    return order
-
-
-def _suggested(trial: optuna.Trial, path: str, axis: Axis, integer: bool) -> Any:
-    if axis.choices is not None:
-        return trial.suggest_categorical(path, list(axis.choices))
-    assert axis.low is not None and axis.high is not None
-    if integer:
-        return trial.suggest_int(path, int(axis.low), int(axis.high), step=int(axis.step or 1), log=axis.log)
-    return trial.suggest_float(path, float(axis.low), float(axis.high), step=axis.step, log=axis.log)
-
-
-def _sobol_point(spec: StudySpec, local: int) -> Assignment:
-    """Point number `local` of a scrambled Sobol sequence over the nuisance axes, the same in every arm."""
-    axes = spec.nuisance
-    sequence = qmc.Sobol(len(axes), scramble=True, rng=_seed(spec.search.seed, -1))
-    unit = sequence.fast_forward(local).random(1)[0] if local else sequence.random(1)[0]
-    return {path: _at(axis, spec.integer(path), float(share)) for (path, axis), share in zip(axes.items(), unit, strict=True)}
-
-
-def _at(axis: Axis, integer: bool, share: float) -> Any:
-    """The value at a share in [0, 1) of an axis."""
-    if axis.choices is not None:
-        return axis.choices[int(share * len(axis.choices))]
-    assert axis.low is not None and axis.high is not None
-    low, high = float(axis.low), float(axis.high)
-    step = float(axis.step or (1 if integer else 0))
-    if step:
-        value = low + step * int(share * (int((high - low) / step + 1e-9) + 1)) if not axis.log else low * ((high + 1) / low) ** share
-    else:
-        value = low * (high / low) ** share if axis.log else low + (high - low) * share
-    return int(value) if integer else min(value, high)
-
-
-def _points(spec: StudySpec) -> Iterator[Assignment]:
-    """Every combination of the nuisance axes' values, the last axis fastest."""
-    values = [_values(axis, spec.integer(path)) for path, axis in spec.nuisance.items()]
-    for combination in itertools.product(*values):
-        yield dict(zip(spec.nuisance, combination, strict=True))
-
-
-def _values(axis: Axis, integer: bool) -> Sequence[Any]:
-    if axis.choices is not None:
-        return axis.choices
-    assert axis.low is not None and axis.high is not None
-    step = axis.step or 1
-    number = int((axis.high - axis.low) / step + 1e-9) + 1
-    return [int(axis.low + step * index) if integer else axis.low + step * index for index in range(number)]
-
-
-class JournalSearcher(Searcher):
-    """Gives Tune the trials of a Search: first those that an earlier start left running, then new ones."""
-
-    def __init__(
-        self,
-        search: Search,
-        settings: Mapping[str, Any],
-        resumed: Sequence[tuple[Proposal, History]],
-        tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
-    ) -> None:
-        super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
-        self._search, self._settings = search, dict(settings)
-        self._waiting, self._tags = list(resumed), tags
-        self._trial_ids: dict[str, str] = {}
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The config of the next trial, or FINISHED."""
-        if self._waiting:
-            proposal, history = self._waiting.pop(0)
-        else:
-            asked = self._search.ask()
-            if asked is None:
-                return Searcher.FINISHED
-            proposal, history = asked, ()
-        self._trial_ids[trial_id] = proposal.trial_id
-        return {
-            **self._settings,
-            "trial_id": proposal.trial_id,
-            "arm": proposal.arm,
-            "trial": json.dumps(proposal.trial.canonical()),
-            "tags": self._tags(proposal.trial),
-            "epoch": len(history),
-            "history": [objective for _, objective in history],
-        }
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Notes the objective at an epoch."""
-        if OBJECTIVE in result:
-            self._search.report(self._trial_ids[trial_id], result[EPOCH], result[OBJECTIVE])
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells how the trial ended; Tune withholds the last result of a stopped trial from `on_trial_result`."""
-        ours = self._trial_ids.pop(trial_id, None)
-        if ours is None:
-            return
-        if result and OBJECTIVE in result:
-            self._search.report(ours, result[EPOCH], result[OBJECTIVE])
-        self._search.tell(ours, ending_of(result, error), (result or {}).get(VALUE))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the journal holds it all."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore: the journal holds it all."""
+def startup(spec: StudySpec) -> int:
+    """How many trials of an arm a model-based sampler spreads evenly before it trusts its model."""
+    return max(4, min(10, spec.search.trials // len(spec.arms) // 3))

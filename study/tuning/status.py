@@ -8,6 +8,7 @@ from study.results.best import choose_best
 from study.space import arm_label
 from study.spec import StudySpec
 from study.tracking.outbox import Entry, Outbox
+from study.tuning.points import planned
 
 COUNTS = ("completed", "stopped", "diverged", "failed", "interrupted", "running", "waiting")
 
@@ -16,17 +17,17 @@ def status(folder: StudyFolder) -> dict[str, Any]:
     """The JSON document of `study status`."""
     spec, card, outbox = folder.load_spec(), folder.card(), Outbox(folder.path)
     entries, records = outbox.entries(), outbox.records()
-    per_arm = spec.search.trials // len(spec.arms)
+    shares = planned(spec)
     outbox.close()
     arms = {}
     for arm in map(arm_label, spec.arms):
         mine = [entry for entry in entries if entry.arm == arm]
-        arms[arm] = {**_counts(mine, per_arm), "best": _best([record for record in records if record.arm == arm], spec)}
+        arms[arm] = {**_counts(mine, shares[arm]), "best": _best([record for record in records if record.arm == arm], spec)}
     return {
         "study_id": card.study_id,
         "name": card.name,
         "state": card.state,
-        "trials": _counts(entries, spec.search.trials),
+        "trials": _counts(entries, sum(shares.values())),
         "arms": arms,
         "best": _best(records, spec),
         "budget": {

@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 
 from study.measurement import Ending, Outcome
 from study.spec import StudySpec, check
-from study.tuning.search import DIVERGED, JournalSearcher, Proposal, Search
+from study.tuning.search import DIVERGED, Proposal, Search
+from study.tuning.searcher import JournalSearcher
 from study.tuning.stopping import EPOCH, OBJECTIVE
 from study.tuning.trainables import ENDING, VALUE
 

@@ -1,0 +1,73 @@
+"""Searcher: gives Ray Tune the trials of a Search, and tells the Search what became of them.
+
+suggest ──────────> a trial that an earlier start left running, else the Search's next one, else FINISHED
+on_trial_result ──> the objective at an epoch
+on_trial_complete ─> the last result, and how the trial ended
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from study.trial import TrialSpec
+from study.tuning.search import Proposal, Search
+from study.tuning.stopping import EPOCH, OBJECTIVE, History
+from study.tuning.trainables import VALUE, ending_of
+
+
+class JournalSearcher(Searcher):
+    """Gives Tune the trials of a Search: first those that an earlier start left running, then new ones."""
+
+    def __init__(
+        self,
+        search: Search,
+        settings: Mapping[str, Any],
+        resumed: Sequence[tuple[Proposal, History]],
+        tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
+    ) -> None:
+        super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
+        self._search, self._settings = search, dict(settings)
+        self._waiting, self._tags = list(resumed), tags
+        self._trial_ids: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The config of the next trial, or FINISHED."""
+        if self._waiting:
+            proposal, history = self._waiting.pop(0)
+        else:
+            asked = self._search.ask()
+            if asked is None:
+                return Searcher.FINISHED
+            proposal, history = asked, ()
+        self._trial_ids[trial_id] = proposal.trial_id
+        return {
+            **self._settings,
+            "trial_id": proposal.trial_id,
+            "arm": proposal.arm,
+            "trial": json.dumps(proposal.trial.canonical()),
+            "tags": self._tags(proposal.trial),
+            "epoch": len(history),
+            "history": [objective for _, objective in history],
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Notes the objective at an epoch."""
+        if OBJECTIVE in result:
+            self._search.report(self._trial_ids[trial_id], result[EPOCH], result[OBJECTIVE])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tells how the trial ended; Tune withholds the last result of a stopped trial from `on_trial_result`."""
+        ours = self._trial_ids.pop(trial_id, None)
+        if ours is None:
+            return
+        if result and OBJECTIVE in result:
+            self._search.report(ours, result[EPOCH], result[OBJECTIVE])
+        self._search.tell(ours, ending_of(result, error), (result or {}).get(VALUE))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the journal holds it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: the journal holds it all."""
