@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from study.budget import budget_line
 from study.errors import StudyError
 from study.home import StudyFolder
 from study.tracking.outbox import Outbox
@@ -139,6 +140,8 @@ def progress_view(document: Document, pace: Pace, behind: int = 0) -> Renderable
         f"{clock(pace.elapsed)} so far",
     )
     lines: list[RenderableType] = [head, outcomes(trials), Text(best_line(document)), arms_table(document)]
+    if spent := budget_line(document["budget"]):
+        lines.append(Text(spent))
     if behind > MANY_EVENTS:
         lines.append(Text(f"{behind} events are on their way to MLflow", style="yellow"))
     return Group(*lines)
@@ -148,6 +151,8 @@ def progress_line(document: Document, pace: Pace, behind: int = 0) -> str:
     """The live display in one line."""
     trials = document["trials"]
     parts = [f"{ended(trials)} of {total(trials)} trials ({outcomes(trials).plain})", best_line(document), _rate(pace)]
+    if spent := budget_line(document["budget"]):
+        parts.append(spent)
     if behind > MANY_EVENTS:
         parts.append(f"{behind} events on their way to MLflow")
     return f"[{clock(pace.elapsed)}] " + "; ".join(parts)

@@ -66,6 +66,17 @@ class Card(Frozen):
     """That process."""
     born: str = ""
     """When that process began, which tells it from a later one of the same number."""
+    started: str = ""
+    """When the latest start began; empty before the first."""
+    ended: str = ""
+    """When the latest start ended; empty while it goes on."""
+
+    def wall(self) -> float | None:
+        """Seconds since the latest start, or that it took; None before the first."""
+        if not self.started:
+            return None
+        end = datetime.fromisoformat(self.ended) if self.ended else datetime.now(UTC)
+        return max(0.0, (end - datetime.fromisoformat(self.started)).total_seconds())
 
 
 class StudyFolder:
@@ -141,8 +152,10 @@ class StudyFolder:
         return card.model_copy(update={"state": "interrupted"}) if card.state == "running" and not self.is_running() else card
 
     def update(self, **changes: str | int) -> None:
-        """Writes changed fields of the card, whole or not at all."""
-        self._write(Card.model_validate({**self._written().model_dump(), **changes}))
+        """Writes changed fields of the card, whole or not at all; with a new state, when its start began or ended."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        times = {"started": now, "ended": ""} if changes.get("state") == "running" else {"ended": now} if "state" in changes else {}
+        self._write(Card.model_validate({**self._written().model_dump(), **times, **changes}))
 
     def _written(self) -> Card:
         """The card as it was written last."""

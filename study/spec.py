@@ -19,7 +19,7 @@ from study.document import overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
 from study.problems import Lines, Model, validated
-from study.space import Assignment, Axis, Count, Frozen, NonNegative, Seed, arms, not_a_boolean, word
+from study.space import Assignment, Axis, Count, Frozen, NonNegative, Real, Seed, arms, not_a_boolean, word
 from study.trial import TrialSpec
 
 MAX_COMBINATIONS = 1_000
@@ -90,14 +90,26 @@ class ObjectiveSpec(Frozen):
 class StoppingSpec(Frozen):
     """Which trials are stopped before their last epoch."""
 
-    scheduler: Literal["none", "asha", "median"] = "none"
-    """`asha`: successive halving on rungs grace x reduction^k. `median`: below the median of the others' running means."""
+    scheduler: Literal["none", "asha", "hyperband", "median"] = "none"
+    """`asha`: successive halving on rungs grace x reduction^k. `hyperband`: brackets of it, the first of which begins at grace, each next
+    one `reduction` times as late, with trials shared out so that all cost about the same; asynchronous, so no trial is paused.
+    `median`: below the median of the others' running means."""
     grace: Count = 4
     """Epochs that every trial gets."""
     reduction: Annotated[Count, Field(ge=2)] = 3
-    """One in so many trials goes on at each rung (asha)."""
+    """One in so many trials goes on at each rung (asha, hyperband)."""
     within_arm: bool = True
     """Compare a trial with trials of its own arm only, so that no arm is stopped because another learns faster."""
+    compare: Literal["epoch", "schedule"] = "epoch"
+    """When trials of different length are compared, where `schedule.epochs` is an axis: at equal epochs, or after equal shares of their
+    schedules; rungs and grace then count epochs of the longest trial."""
+    patience: Count | None = None
+    """A trial whose objective has not improved for so many epochs, the first `grace` of them aside, is stopped, whatever the others do."""
+
+    def hashed(self) -> dict[str, Any]:
+        """What the spec hash covers; fields that studies began without are left out where they change nothing."""
+        added = {name: value for name, value in (("compare", "epoch"), ("patience", None)) if getattr(self, name) == value}
+        return self.model_dump(mode="json", exclude=set(added))
 
 
 class ReplicateSpec(Frozen):
@@ -115,7 +127,11 @@ class BudgetSpec(Frozen):
     wall: Duration | None = None
     """Time since the study was started or resumed, in seconds or as 90s, 15m, 4h, 2d."""
     gpu_hours: NonNegative | None = None
-    """Hours of GPU, shares of a GPU counted as such, over all trials."""
+    """Hours of GPU, shares of a GPU counted as such, over all trials and all starts of the study: time spent training."""
+    target: Real | None = None
+    """The study ends with the first completed trial whose value is this good."""
+    no_improvement: Count | None = None
+    """The study ends when so many trials in a row have ended without a new best one."""
 
 
 class ResourcesSpec(Frozen):
@@ -221,8 +237,8 @@ class StudySpec(Frozen):
 
     def spec_hash(self) -> str:
         """SHA-256 over everything that decides what the trials are; changes elsewhere are allowed on resume."""
-        whole = self.model_dump(mode="json", include={"space": True, "search": {"sampler", "seed"}, "objective": True, "stopping": True})
-        text = json.dumps({**whole, "trial": self.trial.canonical()}, sort_keys=True, separators=(",", ":"))
+        whole = self.model_dump(mode="json", include={"space": True, "search": {"sampler", "seed"}, "objective": True})
+        text = json.dumps({**whole, "stopping": self.stopping.hashed(), "trial": self.trial.canonical()}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:

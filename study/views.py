@@ -18,6 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from study.budget import budget_line
 from study.home import StudyFolder
 from study.optimizer import OptimizerSpec
 from study.results.layers import LEVEL, verdict
@@ -114,7 +115,9 @@ def study_view(document: Document) -> RenderableType:
     """A study in full: what `study status` shows."""
     seconds = document["budget"]["trial_seconds"]
     head = Text.assemble((document["name"], "bold"), f" ({document['study_id']}): {document['state']}, ", outcomes(document["trials"]))
-    return Group(head, arms_table(document), Text(best_line(document)), Text(f"{clock(seconds)} of training in all trials together"))
+    trained = f"{clock(seconds)} of training in all trials together"
+    spent = budget_line(document["budget"])
+    return Group(head, arms_table(document), Text(best_line(document)), Text(f"{trained}\n{spent}" if spent else trained))
 
 
 def studies_table(documents: Iterable[Document]) -> Table:

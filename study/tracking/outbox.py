@@ -100,6 +100,24 @@ class Entry:
     """All that its MLflow run holds, once its end is delivered; until then the values of its last measurement."""
 
 
+def record_of(entry: Entry) -> TrialRecord:
+    """An ended trial as it is remembered."""
+    return TrialRecord(
+        trial_id=entry.trial_id,
+        arm=entry.arm,
+        outcome=Outcome(entry.state),
+        reason=entry.reason,
+        trial=entry.trial,
+        value=entry.value,
+        step=entry.step,
+        epoch=entry.epoch,
+        metrics=entry.metrics,
+        run_id=entry.run_id,
+        seconds=entry.seconds,
+        replicate_of=entry.replicate_of,
+    )
+
+
 class Outbox:
     """What happened in one study. Threads and processes may share it; pickling it carries the path alone.
 
@@ -160,24 +178,16 @@ class Outbox:
 
     def records(self) -> list[TrialRecord]:
         """Every trial that has ended, in the order of starting."""
-        return [
-            TrialRecord(
-                trial_id=entry.trial_id,
-                arm=entry.arm,
-                outcome=Outcome(entry.state),
-                reason=entry.reason,
-                trial=entry.trial,
-                value=entry.value,
-                step=entry.step,
-                epoch=entry.epoch,
-                metrics=entry.metrics,
-                run_id=entry.run_id,
-                seconds=entry.seconds,
-                replicate_of=entry.replicate_of,
-            )
-            for entry in self.entries()
-            if entry.state != RUNNING
-        ]
+        return [record_of(entry) for entry in self.entries() if entry.state != RUNNING]
+
+    def ended(self) -> list[str]:
+        """The ids of trials that have ended, in the order of ending."""
+        rows = self._db.execute(
+            "SELECT trial_id FROM events JOIN trials USING (trial_id) WHERE kind = 'end' AND outcome != ? GROUP BY trial_id"
+            " ORDER BY max(events.number)",
+            (RUNNING,),
+        )
+        return [trial_id for (trial_id,) in rows]
 
     def running(self) -> list[Entry]:
         """Every trial without an outcome, in the order of starting, with what it measured last."""

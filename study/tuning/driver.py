@@ -151,7 +151,9 @@ def _search(
         log.warning(said)
     left = [(proposal, history_of(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
     if left or search.unasked:
-        tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
+        reached = tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
+        if reached and not interrupt.is_set():
+            log.warning("the study ended by its budget: %s", reached)
     if (done := search.exhausted) and not interrupt.is_set():
         log.warning("the search ended early: every combination of %s has been tried", "; ".join(done))
     cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from study.budget import Meter
 from study.errors import InputError
 from study.spec import ObjectiveSpec, StudySpec
-from study.tracking.outbox import Outbox
+from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
 from study.tuning.choosing import Choice
+from study.tuning.status import meter_of
 
 if TYPE_CHECKING:
     from study.tuning.search import Proposal, Search
@@ -45,15 +47,19 @@ def tune_study(
     left: list[tuple["Proposal", "History"]],
     interrupt: threading.Event,
     choice: Choice,
-) -> None:
-    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set."""
+) -> str:
+    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set.
+
+    Returns:
+        The limit that ended the study, as `Meter.reached` names it; empty where none did.
+    """
     _quiet_hosts()
     import ray
     from ray import tune
 
     from study.tuning.callbacks import LedgerCallback
     from study.tuning.searcher import JournalSearcher
-    from study.tuning.stopping import stopping
+    from study.tuning.stopping import Past, stopping
 
     resources = spec.resources
     settings = {
@@ -61,18 +67,27 @@ def tune_study(
         "objective": spec.objective.model_dump_json(),
         "device": "cuda" if resources.gpus_per_trial else "cpu",
         "keep_weights": spec.keep.weights,
+        "patience": spec.stopping.patience,
+        "grace": spec.stopping.grace,
     }
     going_on = {proposal.trial_id for proposal, _ in left}
-    ended = [(record.arm, history_of(outbox, record.trial_id, spec.objective)) for record in outbox.records() if record.trial_id not in going_on]
+    entries = outbox.entries()
+    ended = [
+        Past(entry.trial_id, entry.arm, int(entry.trial["schedule"]["epochs"]), history_of(outbox, entry.trial_id, spec.objective))
+        for entry in entries
+        if entry.trial_id not in going_on and entry.state != RUNNING and not entry.replicate_of
+    ]
+    meter = meter_of(spec, entries, outbox.ended())
+    stopper = _stopper(meter, interrupt)
     resumed = {proposal.trial_id: history for proposal, history in left}
     with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
         tune.run(
             trainable,
             name="ray",
             storage_path=str(folder.resolve()),
-            search_alg=JournalSearcher(search, settings, left, _tags),
+            search_alg=JournalSearcher(search, settings, left, _tags, meter),
             scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
-            stop=_stopper(spec, interrupt),
+            stop=stopper,
             callbacks=[LedgerCallback(outbox, folder)],
             num_samples=search.unasked + len(left),
             resources_per_trial=share,
@@ -83,6 +98,7 @@ def tune_study(
             raise_on_failed_trial=False,
             verbose=0,
         )
+    return str(stopper.reached)
 
 
 @contextmanager
@@ -122,23 +138,25 @@ def _longest(spec: StudySpec) -> int:
     return spec.trial.schedule.epochs if axis is None else int(max(value for value in axis.endpoints() if isinstance(value, int | float)))
 
 
-def _stopper(spec: StudySpec, interrupt: threading.Event) -> Any:
+def _stopper(meter: Meter, interrupt: threading.Event) -> Any:
     from ray.tune import Stopper
+
+    from study.tuning.trainables import SECONDS
 
     class StudyStopper(Stopper):
         """Ends the whole study at Ctrl-C and when its budget is spent."""
 
         def __init__(self) -> None:
-            self.deadline = time.monotonic() + spec.budget.wall if spec.budget.wall else float("inf")
-            self.gpu_seconds = 0.0
+            self.started = time.monotonic()
+            self.reached = ""
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            self.gpu_seconds += result.get("time_this_iter_s", 0.0) * spec.resources.gpus_per_trial
+            meter.seconds += result.get(SECONDS, 0.0)
             return False
 
         def stop_all(self) -> bool:
-            spent = spec.budget.gpu_hours is not None and self.gpu_seconds > 0 and self.gpu_seconds >= spec.budget.gpu_hours * 3600
-            return interrupt.is_set() or spent or time.monotonic() > self.deadline
+            self.reached = self.reached or meter.reached(time.monotonic() - self.started)
+            return interrupt.is_set() or bool(self.reached)
 
         def __reduce__(self) -> tuple[object, ...]:
             return (dict, ())  # Tune pickles the stopper beside its own state, which nobody reads

@@ -99,11 +99,11 @@ class ArmJournal:
 
     def set(self, trial_id: int, point: Assignment) -> None:
         """Writes a point into the journal as a trial's values."""
-        known = self._storage.get_trial(trial_id).params
+        written = self._storage.get_trial(trial_id).params
         for path, value in point.items():
-            if path not in known:
+            if path not in written:
                 self._storage.set_trial_param(trial_id, path, self._internal(path, value), self._distributions[path])
-        self._proposed.add(key_of(point))
+        self._proposed.add(key_of({**point, **written}))
 
     def _internal(self, path: str, value: Any) -> float:
         choices = self._axes[path].choices

@@ -15,8 +15,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import qmc
-
 from study.document import parse_value
 from study.errors import Problem, SpecError
 from study.fields import stored
@@ -76,8 +74,8 @@ def snapped(axis: Axis, integer: bool, value: Any) -> Any:
         return axis.choices[index_of(axis.choices, value) or 0]
     if integer:
         return round(value)
-    assert axis.low is not None
-    return float(axis.low + axis.step * round((value - axis.low) / axis.step)) if axis.step else float(value)
+    assert axis.low is not None and axis.high is not None
+    return min(float(axis.high), float(axis.low + axis.step * round((value - axis.low) / axis.step))) if axis.step else float(value)
 
 
 def lies_on(axis: Axis, integer: bool, value: Any) -> bool:
@@ -85,7 +83,11 @@ def lies_on(axis: Axis, integer: bool, value: Any) -> bool:
     if axis.choices is not None:
         return index_of(axis.choices, value) is not None
     assert axis.low is not None and axis.high is not None
-    if isinstance(value, bool) or not isinstance(value, int if integer else int | float) or not axis.low <= value <= axis.high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if integer else int | float)
+        or not axis.low <= value <= axis.high + (axis.step or 0) * 1e-9
+    ):
         return False
     steps = (value - axis.low) / axis.step if axis.step else 0.0
     return math.isclose(steps, round(steps), rel_tol=1e-9, abs_tol=1e-9)
@@ -100,10 +102,12 @@ def index_of(choices: Sequence[Any], value: Any) -> int | None:
 
 def combinations(spec: StudySpec, arm: Assignment) -> list[Assignment] | None:
     """Every point of an arm, the last axis fastest; None where they cannot be listed."""
+    values_of = {path: values_on(spec.space[path], spec.integer(path)) for path in parents_first(spec.nuisance)}
+    if None in values_of.values():
+        return None
     points: list[Assignment] = [{}]
-    for path in parents_first(spec.nuisance):
+    for path, values in values_of.items():
         axis = spec.space[path]
-        values = values_on(axis, spec.integer(path))
         if values is None or len(points) * len(values) > MOST_COMBINATIONS:
             return None
         points = [drawn for point in points for drawn in ([{**point, path: value} for value in values] if exists(axis, arm | point) else [point])]
@@ -136,6 +140,8 @@ def grid(points: list[Assignment], share: int, seed: int) -> list[Assignment]:
 
 def sobol_point(spec: StudySpec, local: int) -> Assignment:
     """Point number `local` of a scrambled Sobol sequence over the nuisance axes, the same in every arm."""
+    from scipy.stats import qmc  # takes a second to import, which commands that only read need not wait for
+
     axes = spec.nuisance
     sequence = qmc.Sobol(len(axes), scramble=True, rng=seed_of(spec.search.seed, -1))
     unit = sequence.fast_forward(local).random(1)[0] if local else sequence.random(1)[0]
@@ -187,7 +193,7 @@ def _wish(spec: StudySpec, text: str) -> tuple[Assignment, list[Problem]]:
             problems.append(Problem("enqueue", f"is no axis of this study (got {shown(path)})", "--enqueue", f"name one of {', '.join(spec.space)}"))
         elif not lies_on(axis, spec.integer(path), value):
             ends = f"one of {', '.join(map(shown, axis.choices))}" if axis.choices else f"a value on {axis.low} to {axis.high}"
-            problems.append(Problem("enqueue", f"does not lie on its axis (got {shown(value)})", where, f"use {ends}"))
+            problems.append(Problem("enqueue", f"does not lie on its axis (got {shown(given)})", where, f"use {ends}"))
         else:
             point[path] = snapped(axis, spec.integer(path), value)
     return point, problems or [*_unfit(spec, point)]

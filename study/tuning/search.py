@@ -49,7 +49,7 @@ CONSTRAINT = f"constraints:{DIVERGED}"
 MODELS = ("tpe", "gp", "cmaes")
 """Samplers that learn from results."""
 
-REDRAWS = 20
+REDRAWS = 4
 """How often an assignment that its arm has had is drawn anew by the sampler, then at random, before one of the rest is taken."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -197,18 +197,19 @@ class Search:
         """Gives a trial that has been created values that no other trial of its arm has."""
         book, local = self._arm_of(number), number // len(self.arms)
         frozen = self._frozen(number)
-        fixed = {**book.wishes[frozen.user_attrs[WISH]], **frozen.params} if WISH in frozen.user_attrs else dict(frozen.params)
-        known = fixed if fixed else self._known(book, local)
+        wish: Assignment = book.wishes[frozen.user_attrs[WISH]] if WISH in frozen.user_attrs else {}
         sampler = self._sampler(number, local)
         # A fresh view: a Study keeps the trials that it has seen until it is asked itself.
         study = optuna.Study(book.name, self._storage, sampler)
         sampler.before_trial(study, frozen)
+        # What a crash left of its values is drawn again, from the same seed.
+        point, written = book.sampled(study, frozen, wish or self._known(book, local)), frozen.params
         for attempt in range(2 * REDRAWS):
-            if attempt == REDRAWS:
-                study.sampler, fixed = RandomSampler(seed_of(self.spec.search.seed, -3 - number)), {}
-            point = book.sampled(study, frozen, fixed if attempt else known)
-            if book.is_new(point):
+            if book.is_new(point) and written.items() <= point.items():
                 break
+            if attempt == REDRAWS:
+                study.sampler, wish = RandomSampler(seed_of(self.spec.search.seed, -3 - number)), {}
+            point = book.sampled(study, frozen, {**wish, **written})
         else:
             point = book.another(point, self.spec.search.seed, number)
         book.set(frozen._trial_id, point)

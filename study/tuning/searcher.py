@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from study.budget import Meter
 from study.trial import TrialSpec
 from study.tuning.search import Proposal, Search
 from study.tuning.stopping import EPOCH, OBJECTIVE, History
@@ -26,10 +27,11 @@ class JournalSearcher(Searcher):
         settings: Mapping[str, Any],
         resumed: Sequence[tuple[Proposal, History]],
         tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
+        meter: Meter | None = None,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
         self._search, self._settings = search, dict(settings)
-        self._waiting, self._tags = list(resumed), tags
+        self._waiting, self._tags, self._meter = list(resumed), tags, meter
         self._trial_ids: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -64,7 +66,10 @@ class JournalSearcher(Searcher):
             return
         if result and OBJECTIVE in result:
             self._search.report(ours, result[EPOCH], result[OBJECTIVE])
-        self._search.tell(ours, ending_of(result, error), (result or {}).get(VALUE))
+        ending, value = ending_of(result, error), (result or {}).get(VALUE)
+        self._search.tell(ours, ending, value)
+        if self._meter is not None:
+            self._meter.end(ending.outcome, value)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the journal holds it all."""

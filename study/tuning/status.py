@@ -1,13 +1,15 @@
 """Status: where a study stands, read from its folder alone, whether or not it runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from study.budget import Meter
 from study.home import StudyFolder
 from study.measurement import TrialRecord
 from study.results.best import choose_best
 from study.space import arm_label
 from study.spec import StudySpec
-from study.tracking.outbox import Entry, Outbox
+from study.tracking.outbox import RUNNING, Entry, Outbox, record_of
 from study.tuning.points import planned
 
 COUNTS = ("completed", "stopped", "diverged", "failed", "interrupted", "running", "waiting")
@@ -16,7 +18,8 @@ COUNTS = ("completed", "stopped", "diverged", "failed", "interrupted", "running"
 def status(folder: StudyFolder) -> dict[str, Any]:
     """The JSON document of `study status`."""
     spec, card, outbox = folder.load_spec(), folder.card(), Outbox(folder.path)
-    entries, records = outbox.entries(), outbox.records()
+    entries, ended = outbox.entries(), outbox.ended()
+    records = [record_of(entry) for entry in entries if entry.state != RUNNING]
     shares = planned(spec)
     outbox.close()
     arms = {}
@@ -30,13 +33,15 @@ def status(folder: StudyFolder) -> dict[str, Any]:
         "trials": _counts(entries, sum(shares.values())),
         "arms": arms,
         "best": _best(records, spec),
-        "budget": {
-            "trials": spec.search.trials,
-            "wall": spec.budget.wall,
-            "gpu_hours": spec.budget.gpu_hours,
-            "trial_seconds": sum(entry.seconds for entry in entries),
-        },
+        "budget": meter_of(spec, entries, ended).document(card.wall()),
     }
+
+
+def meter_of(spec: StudySpec, entries: Sequence[Entry], ended: Sequence[str]) -> Meter:
+    """What a study has spent, as its ledger tells: all entries, and the ids of those that have ended, in the order of ending."""
+    known = {entry.trial_id: entry for entry in entries if not entry.replicate_of}
+    endings = [(known[trial_id].state, known[trial_id].value) for trial_id in ended if trial_id in known]
+    return Meter.of(spec, endings, sum(entry.seconds for entry in entries))
 
 
 def _counts(entries: list[Entry], planned: int) -> dict[str, int]:

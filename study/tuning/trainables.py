@@ -19,7 +19,7 @@ from ray import tune
 from study.measurement import Ending, Outcome
 from study.spec import ObjectiveSpec
 from study.trial import TrialSpec
-from study.tuning.stopping import EPOCH, OBJECTIVE
+from study.tuning.stopping import EPOCH, OBJECTIVE, stalled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ SNAPSHOT_SECONDS = 5.0
 MOST_ENGINES = 5
 """Engines that a trial tries for one epoch before it gives up."""
 
-ENDING, VALUE, STEP, MEASUREMENT = "ending", "value", "step", "measurement"
+ENDING, VALUE, STEP, MEASUREMENT, SECONDS = "ending", "value", "step", "measurement", "seconds"
 """Keys of a Tune result, beside those of `stopping`."""
 
 
@@ -75,7 +75,7 @@ class StudyTrainable(tune.Trainable):
     """A trial as Tune sees it: reports every epoch, from whoever trains it.
 
     Its config: `trial_id`, `arm`, `trial` (the spec as JSON), `objective` (JSON), `folder` (the study's), `device`,
-    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), and `pool`, the name of
+    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), `patience` and `grace` (epochs), and `pool`, the name of
     the pool of engines, where trials are fused.
     """
 
@@ -107,14 +107,21 @@ class StudyTrainable(tune.Trainable):
         measurement, ending = progress.measurement, progress.ending
         if ending is not None and ending.outcome is Outcome.FAILED:
             return {ENDING: ending, "done": True}
-        result: dict[str, Any] = {EPOCH: measurement.epoch, STEP: measurement.step, MEASUREMENT: measurement}
+        result: dict[str, Any] = {EPOCH: measurement.epoch, STEP: measurement.step, MEASUREMENT: measurement, SECONDS: measurement.seconds}
         if self._objective.metric in measurement.values:
             # A trial that was started again may go on before the last epoch that is known.
             self._history = [*self._history[: measurement.epoch - 1], measurement.values[self._objective.metric]]
             result |= {OBJECTIVE: self._history[-1], VALUE: self._objective.value(self._history)}
+            if ending is None and self._has_stalled():
+                ending = Ending(Outcome.STOPPED, "patience")
         elif ending is None or ending.outcome is Outcome.COMPLETED:
             ending = Ending(Outcome.FAILED, error=f"no value of the objective {self._objective.metric!r} at epoch {measurement.epoch}")
         return result if ending is None else {**result, ENDING: ending, "done": True}
+
+    def _has_stalled(self) -> bool:
+        """Whether the trial has used up its patience; epochs of the grace period do not count."""
+        patience, grace = self._config.get("patience"), self._config.get("grace", 0)
+        return patience is not None and len(self._history) >= grace + patience and stalled(self._history, self._objective, patience)
 
 
 class SoloTrainable(StudyTrainable):

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
@@ -153,6 +153,87 @@ def test_the_product_axis_draws_complete_trials(tmp_path: Path) -> None:
     for proposal in asked(Search(spec("sobol", 8, space), tmp_path / "journal.log")):
         optimizer = proposal.trial.optimizer
         assert optimizer.lr * optimizer.weight_decay == pytest.approx(optimizer.intrinsic_lr)
+
+
+SAMPLERS = ("tpe", "random", "sobol", "grid", "gp", "cmaes")
+
+
+@pytest.mark.parametrize("sampler", [pytest.param(name, marks=pytest.mark.long) if name == "gp" else name for name in SAMPLERS])
+def test_sixty_trials_over_three_arms_are_twenty_each_also_after_a_kill(sampler: str, tmp_path: Path) -> None:
+    """The first arm is the worst by far: a sampler of all three would starve it. The kill comes with three trials running."""
+    space = {**SPACE, "optimizer.lr": {"choices": [0.1, 0.2, 0.3, 0.4, 0.5]} if sampler == "grid" else SPACE["optimizer.lr"]}
+    search, told = Search(spec(sampler, 60, space), tmp_path / "journal.log"), 0
+    going = [search.ask() for _ in range(3)]
+    while going:
+        if told == 31:
+            search = Search(spec(sampler, 60, space), tmp_path / "journal.log")
+            assert search.running() == going
+        proposal = going.pop(0)
+        assert proposal is not None
+        search.tell(proposal.trial_id, Ending(Outcome.COMPLETED), proposal.trial.optimizer.lr + 10 * (proposal.trial.optimizer.gamma == "none"))
+        told += 1
+        if (after := search.ask()) is not None:
+            going.append(after)
+    arms = [[trial.params for trial in journal(tmp_path / "journal.log", f"optimizer.gamma={arm}")] for arm in ("none", "last", "all")]
+    assert [len(arm) for arm in arms] == [20, 20, 20]
+    assert all(len(set(map(str, arm))) == 20 for arm in arms)
+
+
+class TestNothingIsTriedTwice:
+    SMALL: ClassVar[dict[str, Any]] = {"model.width": {"low": 4, "high": 16, "step": 4}, "optimizer.rule": {"choices": ["sgd", "adamw"]}}
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_a_finite_space_is_searched_to_its_end_and_no_further(self, sampler: str, tmp_path: Path) -> None:
+        search = Search(spec(sampler, 12, self.SMALL), tmp_path / "journal.log")
+        seen = []
+        while (proposal := search.ask()) is not None:
+            seen.append((proposal.trial.model.width, proposal.trial.optimizer.rule))
+            search.tell(proposal.trial_id, Ending(Outcome.COMPLETED), float(proposal.trial.model.width))
+            if len(seen) == 5:
+                search = Search(spec(sampler, 12, self.SMALL), tmp_path / "journal.log")
+        assert len(seen) == len(set(seen)) == 8
+        assert search.exhausted == ["all"] and search.unasked == 0
+
+    def test_a_trial_that_a_crash_left_without_its_values_gets_them(self, tmp_path: Path) -> None:
+        """Each value is a line of the journal: whichever the last line is, the next start goes on with the same trial."""
+        whole = asked(Search(spec("tpe", 6), tmp_path / "journal.log"))
+        lines = (tmp_path / "journal.log").read_text().splitlines(keepends=True)
+        assert len(lines) == 3 + 6 * 3
+        for length in range(len(lines) - 2, len(lines) + 1):
+            (tmp_path / "cut.log").write_text("".join(lines[:length]))
+            assert Search(spec("tpe", 6), tmp_path / "cut.log").running() == whole
+
+    def test_choices_that_python_takes_for_equal_are_different(self, tmp_path: Path) -> None:
+        space = {"model.args.x": {"choices": [1, True, "1", None]}}
+        trial = {"model": {"name": "import:mine:net", "args": {"x": 0}}}
+        search = Search(spec("random", 4, space, trial=trial), tmp_path / "journal.log")
+        drawn = [proposal.trial.model.args["x"] for proposal in asked(search)]
+        assert sorted(map(repr, drawn)) == ["'1'", "1", "None", "True"]
+        assert [repr(frozen.params["model.args.x"]) for frozen in journal(tmp_path / "journal.log", "all")] == list(map(repr, drawn))
+
+
+class TestEnqueued:
+    def test_a_point_is_tried_once_in_every_arm_and_the_rest_of_it_drawn(self, tmp_path: Path) -> None:
+        for _ in range(2):
+            search = Search(spec(trials=9), tmp_path / "journal.log")
+            search.enqueue({"optimizer.lr": 0.123})
+        first = asked(search)
+        assert [proposal.trial.optimizer.lr == 0.123 for proposal in first] == [True] * 3 + [False] * 6
+        assert [proposal.arm[16:] for proposal in first[:3]] == ["none", "last", "all"]
+        assert len({proposal.trial.model.width for proposal in first}) > 1
+        again = Search(spec(trials=12), tmp_path / "journal.log")
+        again.enqueue({"optimizer.lr": 0.123})
+        assert all(proposal.trial.optimizer.lr != 0.123 for proposal in asked(again))
+
+    def test_a_point_can_be_meant_for_one_arm_and_one_that_was_tried_is_not_tried_again(self, tmp_path: Path) -> None:
+        search = Search(spec(trials=9), tmp_path / "journal.log")
+        tried = asked(Search(spec(trials=3), tmp_path / "journal.log"))[0].trial
+        search = Search(spec(trials=9), tmp_path / "journal.log")
+        search.enqueue({"optimizer.lr": tried.optimizer.lr, "model.width": tried.model.width}, {"optimizer.gamma": "none"})
+        search.enqueue({"optimizer.lr": 0.5, "model.width": 8}, {"optimizer.gamma": "all"})
+        later = asked(search)
+        assert [(proposal.arm[16:], proposal.trial.model.width) for proposal in later if proposal.trial.optimizer.lr == 0.5] == [("all", 8)]
+        assert all(proposal.trial.optimizer.lr != tried.optimizer.lr for proposal in later)
 
 
 class TestSearcher:
