@@ -20,8 +20,8 @@ from study.tuning.points import combinations, exists, grid, index_of, key_of, pa
 FROM = "from"
 """User attribute of a trial of another study: which one it is."""
 
-WISH, WISHES = "enqueued", "enqueued"
-"""User attribute of a trial: the number of the point that was enqueued for it. User attribute of an arm's study: these points."""
+WISH = "enqueued"
+"""User attribute of a trial: the number of the point that was enqueued for it. Those of an arm's study `enqueued:0`, ...: these points."""
 
 
 class ArmJournal:
@@ -39,7 +39,9 @@ class ArmJournal:
         self._storage = storage
         study = optuna.create_study(storage=storage, study_name=self.name, direction=spec.objective.direction, load_if_exists=True)
         self._id = study._study_id
-        self.wishes: list[Assignment] = study.user_attrs.get(WISHES, [])
+        wishes = {name: point for name, point in study.user_attrs.items() if name.startswith(f"{WISH}:")}
+        self.wishes: list[Assignment] = [wishes[f"{WISH}:{index}"] for index in range(len(wishes))]
+        self._wished = set(map(key_of, self.wishes))
         self._open_wishes = dict(enumerate(self.wishes))
         self.own: list[int] = []
         """The journal's ids of the study's own trials, in the order of proposing."""
@@ -75,10 +77,11 @@ class ArmJournal:
         """A point for the next trial, without axes that do not exist at it."""
         there = {**self.arm, **point}
         point = {path: value for path, value in point.items() if exists(self._axes[path], {**self._axes[path].when, **there})}
-        if point and key_of(point) not in map(key_of, self.wishes):
+        if point and key_of(point) not in self._wished:
             self._open_wishes[len(self.wishes)] = point
-            self.wishes = [*self.wishes, point]
-            self._storage.set_study_user_attr(self._id, WISHES, self.wishes)
+            self._storage.set_study_user_attr(self._id, f"{WISH}:{len(self.wishes)}", point)
+            self.wishes.append(point)
+            self._wished.add(key_of(point))
 
     def next_wish(self) -> int | None:
         """The oldest wish that no trial has tried and none has come by anyway."""

@@ -7,6 +7,7 @@
 Errors in the user's code end the trial as `failed` here, with their traceback; only a lost process is Tune's to handle.
 """
 
+import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -108,9 +109,10 @@ class StudyTrainable(tune.Trainable):
         if ending is not None and ending.outcome is Outcome.FAILED:
             return {ENDING: ending, "done": True}
         result: dict[str, Any] = {EPOCH: measurement.epoch, STEP: measurement.step, MEASUREMENT: measurement, SECONDS: measurement.seconds}
-        if self._objective.metric in measurement.values:
+        value = measurement.values.get(self._objective.metric, math.nan)
+        if math.isfinite(value):
             # A trial that was started again may go on before the last epoch that is known.
-            self._history = [*self._history[: measurement.epoch - 1], measurement.values[self._objective.metric]]
+            self._history = [*self._history[: measurement.epoch - 1], value]
             result |= {OBJECTIVE: self._history[-1], VALUE: self._objective.value(self._history)}
             if ending is None and self._has_stalled():
                 ending = Ending(Outcome.STOPPED, "patience")
