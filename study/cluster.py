@@ -18,19 +18,19 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from study.attempts import RUNNING, Attempt, attempt_of, status_of
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
 from study.sealing import SEALED, seal, token_of
-from study.shipping import SPEC, Settings, forwarded, import_problems, packed
+from study.shipping import SPEC, Settings, forwarded, import_problems, packed, shipped_files
 from study.spec import StudySpec
 from study.tracking.recorder import COMMIT, git_commit
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
 ANSWER = "STUDY-ANSWER "
 """Begins the line in which a job that reads says what it found."""
@@ -46,41 +46,6 @@ READING = 180.0
 
 POLL = 0.5
 """Seconds between looks at a job."""
-
-RUNNING = ("PENDING", "RUNNING")
-STATES = {"PENDING": "running", "RUNNING": "running", "STOPPED": "interrupted", "FAILED": "failed", "SUCCEEDED": "finished"}
-"""Ray's word for the state of a job, and ours for that of its study where nothing more is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One submission of a study."""
-
-    id: str
-    """The job's submission id: the study's name and the attempt's number."""
-    name: str
-    number: int
-    home: str
-    """The study home on the cluster; empty for the `$STUDY_HOME` that the cluster has."""
-    spec_hash: str
-    status: str
-    """Ray's word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
-    message: str = ""
-    exit_code: int | None = None
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended."""
-        return self.status in RUNNING
-
-    @property
-    def code(self) -> int:
-        """The exit code to end with once it has ended: its own, as far as Ray knows it."""
-        return 130 if self.status == "STOPPED" else 1 if self.exit_code is None else self.exit_code
-
-    def document(self) -> dict[str, Any]:
-        """What JSON documents say of it."""
-        return {"id": self.id, "attempt": self.number, "status": self.status, "exit_code": self.exit_code}
 
 
 def connect(address: str, environment: Mapping[str, str] | None = None) -> "Cluster":
@@ -140,7 +105,7 @@ class Cluster:
             raise SpecError(problems)
         _check_place(folder, home, requirements)
         before = self.attempts(spec.name)
-        _check_history(before, spec, home)
+        self._check_history(before, spec, home)
         settings = forwarded(os.environ, tracking_uri)
         number = before[-1].number + 1 if before else 1
         attempt = Attempt(f"{spec.name}-{number}", spec.name, number, home, spec.spec_hash(), "PENDING")
@@ -159,6 +124,19 @@ class Cluster:
             )
         return attempt, [] if self._token else sorted(settings.secret)
 
+    def _check_history(self, before: Sequence[Attempt], spec: StudySpec, home: str) -> None:
+        """Refuses what would run twice, and what `study run` would refuse on the head."""
+        for attempt in before:
+            if attempt.running:
+                remedy = (
+                    f"follow it with `study logs {attempt.name} -f --address URL`, or end it first with `study stop {attempt.name} --address URL`"
+                )
+                raise ClusterError(f"this study runs there already, as {attempt.id}", where=spec.name, remedy=remedy)
+        last = before[-1] if before else None
+        if last and last.home == home and last.spec_hash != spec.spec_hash() and self.statuses([last])[0]["spec_hash"] not in ("", spec.spec_hash()):
+            message = f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping, submitted as {last.id}"
+            raise NameTaken(message, where=spec.name, remedy="give the changed study another name, or another --home")
+
     def _variables(self, settings: Settings) -> dict[str, str]:
         """The environment of the job, as anybody sees it who may list jobs."""
         sealed = {SEALED: seal(settings.secret, self._token)} if settings.secret and self._token else {}
@@ -169,7 +147,7 @@ class Cluster:
         """Every submission, or those of one study, oldest first."""
         with self._asking():
             jobs = self._client.list_jobs()
-        found = [attempt for job in jobs if (attempt := _attempt(job)) is not None and name in (None, attempt.name)]
+        found = [attempt for job in jobs if (attempt := attempt_of(job)) is not None and name in (None, attempt.name)]
         return sorted(found, key=lambda attempt: (attempt.name, attempt.number))
 
     def latest(self, name: str) -> Attempt:
@@ -210,7 +188,7 @@ class Cluster:
 
     def _now(self, submission: str) -> Attempt:
         with self._asking():
-            found = _attempt(self._client.get_job_info(submission))
+            found = attempt_of(self._client.get_job_info(submission))
         assert found is not None, "submitted here"
         return found
 
@@ -222,7 +200,7 @@ class Cluster:
         """
         attempt = self.latest(name)
         if not attempt.running:
-            raise NotRunning(f"this study does not run (its last attempt, {attempt.id}, is {attempt.status})", where=self.url, remedy=_again(attempt))
+            raise NotRunning(f"this study does not run (its last attempt, {attempt.id}, is {attempt.status})", where=self.url, remedy=attempt.again)
         with self._asking():
             self._client.stop_job(attempt.id)
         return self.ended(attempt)
@@ -232,7 +210,7 @@ class Cluster:
         if not attempts:
             return []
         found = self._answer("status", *(f"{attempt.name}={attempt.home}" for attempt in attempts))
-        return [_document(attempt, document) for attempt, document in zip(attempts, found, strict=True)]
+        return [status_of(attempt, document) for attempt, document in zip(attempts, found, strict=True)]
 
     def checks(self, home: str, tracking_uri: str | None) -> list[dict[str, Any]]:
         """What `study doctor` finds on the cluster's head, and on every node about the home."""
@@ -279,40 +257,12 @@ def _check_place(folder: Path, home: str, requirements: str) -> None:
     if home and not home.startswith("/"):
         remedy = "name a folder that every node reaches, such as /mnt/studies"
         raise ClusterError(f"the home on the cluster must be an absolute path (got {home!r})", where="--home", remedy=remedy)
-    if requirements and not (folder / requirements).is_file():
-        raise ClusterError(f"no such file in {folder} (got {requirements!r})", where="--pip", remedy="name one in the folder that is submitted")
-
-
-def _check_history(before: Sequence[Attempt], spec: StudySpec, home: str) -> None:
-    """Refuses what would run twice, and what `study run` would refuse on the head."""
-    for attempt in before:
-        if attempt.running:
-            remedy = f"follow it with `study logs {attempt.name} -f --address URL`, or end it first with `study stop {attempt.name} --address URL`"
-            raise ClusterError(f"this study runs there already, as {attempt.id}", where=spec.name, remedy=remedy)
-    if before and before[-1].home == home and before[-1].spec_hash != spec.spec_hash() and before[-1].exit_code != 2:
-        message = f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping, submitted as {before[-1].id}"
-        raise NameTaken(message, where=spec.name, remedy="give the changed study another name, or another --home")
-
-
-def _attempt(job: "JobDetails") -> Attempt | None:
-    """A job as an attempt; None where it is no study's."""
-    known = job.metadata or {}
-    if not {"study", "attempt", "home", "spec_hash"} <= known.keys() or not known["attempt"].isdecimal():
-        return None
-    status = str(getattr(job.status, "value", job.status))
-    identity = (job.submission_id or "", known["study"], int(known["attempt"]), known["home"], known["spec_hash"])
-    return Attempt(*identity, status, job.message or "", job.driver_exit_code)
-
-
-def _document(attempt: Attempt, found: dict[str, Any] | None) -> dict[str, Any]:
-    """A status, with its attempt; where the home has none yet, what the attempt alone says."""
-    nothing = dict.fromkeys(("completed", "stopped", "diverged", "failed", "interrupted", "running", "waiting"), 0)
-    unknown = {"study_id": "", "name": attempt.name, "trials": nothing, "arms": {}, "best": None, "budget": {"trial_seconds": 0.0}}
-    return {**(found or {**unknown, "state": STATES[attempt.status]}), "job": attempt.document()}
-
-
-def _again(attempt: Attempt) -> str:
-    return "it has finished" if attempt.status == "SUCCEEDED" else "submit it again to go on"
+    if requirements and (folder / requirements) not in shipped_files(folder):
+        raise ClusterError(
+            f"no such file among those that are sent from {folder} (got {requirements!r})",
+            where="--pip",
+            remedy="name one in the folder that is submitted",
+        )
 
 
 def _dashboard(address: str) -> str:

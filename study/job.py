@@ -83,7 +83,8 @@ def _run(alone: Sequence[str], options: dict[str, str]) -> int:
 
 def _status(home: str, name: str) -> dict[str, Any] | None:
     try:
-        return status(StudyFolder.find(_home(home), name))
+        folder = StudyFolder.find(_home(home), name)
+        return {**status(folder), "spec_hash": folder.card().spec_hash}
     except StudyError:
         return None  # it has not begun; the job that runs it knows why
 

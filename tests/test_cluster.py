@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from study.attempts import Attempt
 from study.cli import main
-from study.cluster import Attempt, Cluster, connect
+from study.cluster import ANSWER, Cluster, connect
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
 from study.spec import StudySpec, check
 from study.tracking.recorder import COMMIT, git_commit
@@ -151,16 +152,32 @@ class Jobs:
     def __init__(self, *jobs: Job) -> None:
         self.jobs = list(jobs)
         self.environments: list[dict[str, Any]] = []
+        self.found: dict[str, Any] | None = None
+        """The status of the study that a home there holds."""
 
     def list_jobs(self) -> list[Job]:
         """All of them."""
         return self.jobs
 
-    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> str:
-        """One more, which waits."""
-        self.environments.append(runtime_env)
-        self.jobs.append(Job(submission_id, "PENDING", metadata))
+    def submit_job(self, *, entrypoint: str, metadata: dict[str, str], submission_id: str = "", runtime_env: dict[str, Any] | None = None) -> str:
+        """One more, which waits; one that reads has read."""
+        if runtime_env is not None:
+            self.environments.append(runtime_env)
+        self.jobs.append(Job(submission_id, "PENDING" if submission_id else "SUCCEEDED", metadata))
         return submission_id
+
+    def get_job_info(self, submission_id: str) -> Job:
+        """The one of that id."""
+        return next(job for job in self.jobs if job.submission_id == submission_id)
+
+    def get_job_logs(self, submission_id: str) -> str:
+        """What it has read."""
+        return f"Running entrypoint\n{ANSWER}{json.dumps([self.found])}\n"
+
+    def delete_job(self, submission_id: str) -> bool:
+        """Forgets it."""
+        self.jobs.remove(self.get_job_info(submission_id))
+        return True
 
 
 def job(number: int, status: str, home: str = "/mnt/studies", spec_hash: str = "", **more: Any) -> Job:
@@ -193,17 +210,27 @@ def test_a_study_that_runs_there_is_not_submitted_twice(status: str, tmp_path: P
 
 def test_a_name_that_belongs_to_another_study_there_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     there, client = cluster(job(1, "STOPPED"))
+    client.found = {"study_id": "tiny-1234", "spec_hash": spec().spec_hash()}
     with pytest.raises(NameTaken, match="submitted as tiny-1"):
         there.submit(spec(epochs=3), tmp_path, home="/mnt/studies")
     assert client.environments == []
+    assert [one.submission_id for one in client.jobs] == ["tiny-1"]
     assert there.submit(spec(epochs=3), tmp_path, home="/mnt/others")[0].number == 2
+
+
+@pytest.mark.parametrize("found", [None, {"study_id": "tiny-5678", "spec_hash": spec(epochs=3).spec_hash()}], ids=["deleted", "replaced"])
+def test_a_name_is_free_again_once_the_study_is_gone_from_the_home(found: dict[str, Any] | None, tmp_path: Path) -> None:
+    there, client = cluster(job(1, "STOPPED"))
+    client.found = found
+    assert there.submit(spec(epochs=3), tmp_path, home="/mnt/studies")[0].number == 2
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         ({"home": "studies"}, r"--home: the home on the cluster must be an absolute path \(got 'studies'\)"),
-        ({"requirements": "missing.txt"}, r"--pip: no such file in .* \(got 'missing.txt'\)"),
+        ({"requirements": "missing.txt"}, r"--pip: no such file among those that are sent from .* \(got 'missing.txt'\)"),
+        ({"requirements": "../outside.txt"}, r"--pip: no such file among those that are sent from .* \(got '../outside.txt'\)"),
     ],
 )
 def test_what_the_cluster_could_not_find_is_refused(options: dict[str, str], complaint: str, tmp_path: Path) -> None:
