@@ -9,18 +9,27 @@ chose it and therefore flatters it: it enters no mean and no interval here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy import special
 
+from study.measurement import TrialRecord
 from study.results.intervals import Interval, interval
 from study.spec import ObjectiveSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind: TypeAlias = Literal["r", "c"]
+"""Of a replicate: `r`, of the study's race; `c`, of `study best --confirm`."""
+
+_NUMBERED = re.compile(r"-([rc])(\d+)$")
 
 GIVEN_UP = 2
 """A candidate that has so many seeds fewer than another of its arm was given up by the race: it does not lead."""
@@ -100,24 +109,58 @@ class Comparison:
         }
 
 
-def compare_arms(table: pd.DataFrame, objective: ObjectiveSpec, metric: str | None = None) -> Comparison:
-    """Compares the arms of a study by their replicates.
+class Replicated(NamedTuple):
+    """One replicate: of which trial, and what became of it."""
 
-    An arm's result is its best candidate: by its mean, after those that lost a replicate to divergence or failure come last, and without
-    those that the race gave up. Several candidates of an arm are compared on the same replicates that give the mean, which flatters the best
-    of `top` a little, alike in every arm.
+    trial_id: str
+    arm: str
+    replicate_of: str
+    outcome: str
+    value: float | None
+
+
+def compare_arms(table: "pd.DataFrame", objective: ObjectiveSpec, metric: str | None = None) -> Comparison:
+    """Compares the arms of a study by the table of its trials, see `compare`.
 
     Args:
         table: One row for each trial, as in `trials.parquet`.
         objective: What trials are ranked by.
         metric: Another column to compare by, such as `test/error`, in the objective's direction. Default: the objective.
     """
-    candidates = _candidates(table, "value" if metric is None else metric)
+    column = "value" if metric is None else metric
+    rows = table[table["replicate_of"] != ""] if {"replicate_of", column} <= set(table.columns) else table[:0]
+    columns = ("trial_id", "arm", "replicate_of", "outcome", column)
+    found = (Replicated(*row) for row in zip(*(rows[name] for name in columns), strict=True)) if len(rows) else ()
+    return compare(candidates(found), objective, metric)
+
+
+def compare_records(records: Iterable[TrialRecord], objective: ObjectiveSpec) -> Comparison:
+    """Compares the arms of a study by its records, see `compare`."""
+    return compare(candidates(map(replicated, records)), objective)
+
+
+def replicated(record: TrialRecord) -> Replicated:
+    """A record as a replicate."""
+    return Replicated(record.trial_id, record.arm, record.replicate_of, str(record.outcome), record.value)
+
+
+def compare(found: Sequence[ArmResult], objective: ObjectiveSpec, metric: str | None = None) -> Comparison:
+    """Compares arms by their candidates.
+
+    An arm's result is its best candidate: by its mean, after those that lost a replicate to divergence or failure come last, and without
+    those that the race gave up. Several candidates of an arm are compared on the same replicates that give the mean, which flatters the best
+    of `top` a little, alike in every arm.
+
+    Args:
+        found: Every replicated trial.
+        objective: What trials are ranked by.
+        metric: What the candidates were measured by, where it is not the objective.
+    """
     by_arm: dict[str, list[ArmResult]] = {}
-    for candidate in candidates:
-        by_arm.setdefault(candidate.arm, []).append(candidate)
+    for one in found:
+        by_arm.setdefault(one.arm, []).append(one)
     ordered = [ranked(own, objective) for own in by_arm.values()]
-    ordered.sort(key=lambda own: _place(own[0], objective))
+    ordered.sort(key=lambda own: place(own[0], objective))
     arms = tuple(own[0] for own in ordered)
     return Comparison(
         metric or objective.metric,
@@ -125,19 +168,20 @@ def compare_arms(table: pd.DataFrame, objective: ObjectiveSpec, metric: str | No
         arms,
         tuple(paired(a, b) for a, b in combinations(arms, 2)),
         _wins_again(arms, objective),
-        tuple(candidate for own in ordered for candidate in own),
+        tuple(one for own in ordered for one in own),
     )
 
 
-def ranked(candidates: Sequence[ArmResult], objective: ObjectiveSpec) -> list[ArmResult]:
-    """Candidates of one arm, best first; one that was given up or has lost replicates comes after those that have not."""
-    most = max((candidate.seeds + candidate.lost for candidate in candidates), default=0)
-    return sorted(candidates, key=lambda each: (each.seeds + each.lost <= most - GIVEN_UP, *_place(each, objective)))
+def ranked(found: Sequence[ArmResult], objective: ObjectiveSpec) -> list[ArmResult]:
+    """Candidates, best first; one that was given up or has lost replicates comes after those that have not."""
+    most = max((one.seeds + one.lost for one in found), default=0)
+    return sorted(found, key=lambda one: (one.seeds + one.lost <= most - GIVEN_UP, *place(one, objective)))
 
 
-def _place(candidate: ArmResult, objective: ObjectiveSpec) -> tuple[bool, float, int, str]:
-    mean = math.inf if candidate.mean is None else objective.rank(candidate.mean)
-    return candidate.lost > 0, mean, len(candidate.trial_id), candidate.trial_id
+def place(one: ArmResult, objective: ObjectiveSpec) -> tuple[bool, float, int, str]:
+    """Sorts candidates: without lost replicates first, then by their means, then the earlier trial."""
+    mean = math.inf if one.mean is None else objective.rank(one.mean)
+    return one.lost > 0, mean, len(one.trial_id), one.trial_id
 
 
 def paired(a: ArmResult, b: ArmResult) -> Difference:
@@ -148,24 +192,26 @@ def paired(a: ArmResult, b: ArmResult) -> Difference:
     return Difference(a.arm, b.arm, float(found.mean()), interval((found,)), len(found))
 
 
-def replicate_number(trial_id: str) -> int | None:
-    """`gains-0007-r2` is replicate 2; None for a trial of the search."""
-    _, mark, number = trial_id.rpartition("-r")
-    return int(number) if mark and number.isdigit() else None
+def replicate_number(trial_id: str, kind: Kind = "r") -> int | None:
+    """`gains-0007-r2` is replicate 2; None for a trial that is no replicate of this kind."""
+    found = _NUMBERED.search(trial_id)
+    return int(found[2]) if found is not None and found[1] == kind else None
 
 
-def _candidates(table: pd.DataFrame, column: str) -> list[ArmResult]:
-    if "replicate_of" not in table or column not in table:
-        return []
-    numbers = table["trial_id"].map(replicate_number)
-    rows = table[(table["replicate_of"] != "") & numbers.notna()].assign(number=numbers)
-    found = []
-    for (arm, trial_id), own in rows.groupby(["arm", "replicate_of"], sort=False):
-        done = own[(own["outcome"] == "completed") & np.isfinite(own[column].astype(float))]
-        values = {int(number): float(value) for number, value in zip(done["number"], done[column], strict=True)}
-        lost = int(own["outcome"].isin(("diverged", "failed")).sum())
-        found.append(candidate(str(arm), str(trial_id), values, lost))
-    return found
+def candidates(replicates: Iterable[Replicated], kind: Kind = "r") -> list[ArmResult]:
+    """The trials that were replicated, with the values of their completed replicates; other kinds of rows are passed over."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    lost: dict[tuple[str, str], int] = {}
+    for one in replicates:
+        number = replicate_number(one.trial_id, kind) if one.replicate_of else None
+        if number is None:
+            continue
+        own = values.setdefault((one.arm, one.replicate_of), {})
+        if one.outcome == "completed" and one.value is not None and math.isfinite(one.value):
+            own[number] = float(one.value)
+        elif one.outcome in ("diverged", "failed"):
+            lost[one.arm, one.replicate_of] = lost.get((one.arm, one.replicate_of), 0) + 1
+    return [candidate(*key, own, lost.get(key, 0)) for key, own in values.items()]
 
 
 def candidate(arm: str, trial_id: str, values: Mapping[int, float], lost: int = 0) -> ArmResult:

@@ -1,11 +1,11 @@
 """Best: the trial that a study recommends, with its provenance, as a file that other projects load.
 
-records ─choose_best─> TrialRecord ──> BestConfig ─save─> best.yaml ─read_best─> BestConfig.optimizer, .schedule, .model, .data
+records ─ranking─> TrialRecord ──> BestConfig ─save─> best.yaml ─read_best─> BestConfig.optimizer, .schedule, .model, .data
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,9 +56,9 @@ class ObjectiveResult(Frozen):
     at: Literal["final", "best"]
     """Which measurement counted: the last one or the best one."""
     value: Real
-    """The trial's own value, the winner's of many and so a little too good."""
+    """The trial's own value in the search, the winner's of many and so a little too good."""
     seeds: Count = 1
-    """How many seeds `mean` is over; 1 until the trial is confirmed with fresh ones."""
+    """How many seeds `mean` is over; 1 until the trial is trained again with fresh ones, by `replicate` or `study best --confirm`."""
     mean: Real | None = None
     """Mean over the fresh seeds; null until confirmed."""
     interval: tuple[Real, Real] | None = None
@@ -135,8 +135,8 @@ class BestConfig(Frozen):
         write_whole(Path(path), self.to_yaml())
 
 
-def choose_best(records: Sequence[TrialRecord], objective: ObjectiveSpec) -> TrialRecord | None:
-    """The best completed trial with a finite value, the earlier one of equals; replicates do not compete. None without any."""
+def contenders(records: Iterable[TrialRecord], objective: ObjectiveSpec) -> list[TrialRecord]:
+    """The completed trials of the search with a finite value, best first, the earlier one of equals; replicates do not compete."""
 
     def place(record: TrialRecord) -> tuple[float, int, str]:
         assert record.value is not None, f"{record.trial_id} competes without a value"
@@ -144,7 +144,12 @@ def choose_best(records: Sequence[TrialRecord], objective: ObjectiveSpec) -> Tri
         return objective.rank(record.value), len(record.trial_id), record.trial_id
 
     rivals = (record for record in records if record.outcome is Outcome.COMPLETED and not record.replicate_of)
-    return min((record for record in rivals if record.value is not None and math.isfinite(record.value)), key=place, default=None)
+    return sorted((record for record in rivals if record.value is not None and math.isfinite(record.value)), key=place)
+
+
+def choose_best(records: Iterable[TrialRecord], objective: ObjectiveSpec) -> TrialRecord | None:
+    """The best trial by its own value alone; None without a completed one. `ranking.recommended` knows of fresh seeds, too."""
+    return next(iter(contenders(records, objective)), None)
 
 
 def read_best(path: str | Path) -> BestConfig:
