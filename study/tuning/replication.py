@@ -127,5 +127,7 @@ def is_settled(one: ArmResult, other: ArmResult, seeds: int) -> bool:
     looks = max(1, ceil((seeds - FIRST_LOOK) / BETWEEN_LOOKS))
     if len(common) < FIRST_LOOK:
         return False
-    found = interval((np.array([one.values[seed] - other.values[seed] for seed in common]),), 1 - (1 - CONFIDENCE) / looks)
+    apart = np.array([one.values[seed] - other.values[seed] for seed in common])
+    # Differences that are all the same, as errors of few images may be, say nothing about the noise.
+    found = interval((apart,), 1 - (1 - CONFIDENCE) / looks) if np.ptp(apart) else None
     return found is not None and not found[0] <= 0 <= found[1]
