@@ -1,8 +1,9 @@
 """The command line: every command reads a spec or a study, asks one function of this package, and prints its answer.
 
 study validate SPEC ─> ok            study run SPEC ─> live display ─> arms, best.yaml
-study plan SPEC ─> decay audit       study status, best, verify, report, export NAME, trace TRIAL ─> what was found
+study plan SPEC ─> decay audit       study resume, extend NAME ─> the same, from the study's folder
 study submit SPEC --address URL ─> the same as a job on a Ray cluster; status, list, logs, stop and doctor take the address, too
+study status, best, verify, report, export NAME, trace TRIAL ─> what was found
 
 answers go to stdout, everything else to stderr; with --json the answer is one JSON document, and so is an error
 exit codes: 0 fine, 1 no usable result (or a claim refuted, where `verify` is strict), 2 wrong input, 130 interrupted
@@ -175,7 +176,33 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
-    spec = load_spec(spec_file, overrides or ())
+    _run(load_spec(spec_file, overrides or ()), home, tracking_uri, as_json)
+
+
+@app.command()
+def resume(name: Name, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
+    """Go on with a study that was interrupted, from the spec in its folder."""
+    from study.tuning.continuing import resumed
+
+    _run(resumed(name, home), home, tracking_uri, as_json)
+
+
+@app.command()
+def extend(
+    name: Name,
+    trials: Annotated[int, typer.Option("--trials", min=1, metavar="N", help="How many more, over all arms.", show_default=False)],
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Add trials to a study and run them; none is repeated, and a new best trial of an arm gets its replicates."""
+    from study.tuning.continuing import extended
+
+    _run(extended(name, trials, home), home, tracking_uri, as_json)
+
+
+def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: bool) -> None:
+    """Runs a study with a live display, and shows what it found."""
     out = views.console(stderr=as_json)
     out.print(views.headline(spec), soft_wrap=True)
     watcher = Watcher(out, live=not as_json)
@@ -189,6 +216,8 @@ def run(
     if not watcher.watched:
         out.print("this study had already finished: nothing was run")
     out.print(views.arms_table(found))
+    if found["comparison"]:
+        out.print(views.comparison_view(found["comparison"]))
     if spec.claims and (verdicts := json.loads(folder.claims.read_text("utf-8")))["claims"]:
         out.print(views.claims_view(verdicts))
     for warning in warnings_of(gathered(folder, spec, result.trials)):
@@ -306,12 +335,39 @@ def status(name: Name, home: Home = None, address: Address = None, as_json: Json
 
 
 @app.command()
-def best(name: Best, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
-    """Show the best config of a study, and how to use it."""
+def best(
+    name: Best,
+    confirm: Annotated[
+        int | None,
+        typer.Option(
+            "--confirm", min=2, metavar="K", help="First train the best few trials again, solo, with K fresh seeds, and rank them by those."
+        ),
+    ] = None,
+    home: Home = None,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """Show the best config of a study, and how to use it.
+
+    With --confirm the best three trials (by their replicates, where there are some) are trained again by the plain engine, with fresh seeds
+    that neither the search nor the replicates have seen. The best mean becomes the study's best. Interrupted, the same command goes on.
+    """
+    if confirm is not None:
+        _confirm(name, confirm, home, tracking_uri, as_json)
     config, folder = _load_best(name, home, tracking_uri), StudyFolder(home_path(home) / name)
     varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
     use = views.how_to_use(str(folder.best)) if folder.best.exists() else views.how_to_use(name, home=home, tracking_uri=tracking_uri)
     _answer(as_json, document(config), views.best_view(document(config), varied), use)
+
+
+def _confirm(name: str, seeds: int, home: Path | None, tracking_uri: str | None, as_json: bool) -> None:
+    """Trains the best few trials again, after saying how much that is."""
+    out = views.console(stderr=as_json)
+    with _prints_on_stderr(as_json):
+        from study.tuning import confirming
+
+        out.print(views.confirming_line(confirming.forecast(name, seeds, home=home)), soft_wrap=True)
+        confirming.confirm(name, seeds, home=home, tracking_uri=tracking_uri, watch=Watcher(out, live=not as_json))
 
 
 @app.command()

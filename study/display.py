@@ -23,7 +23,7 @@ from study.errors import StudyError
 from study.home import StudyFolder
 from study.tracking.outbox import Outbox
 from study.tuning.status import status
-from study.views import Document, arms_table, best_line, clock, ended, outcomes, total
+from study.views import Document, arms_table, best_line, clock, ended, outcomes, replicates_line, total
 
 REFRESH = 0.5
 """Seconds between two looks at a study in a terminal."""
@@ -105,8 +105,9 @@ class Watcher:
         told = None
         for document, pace, self._behind in _looks(folder, done, BETWEEN_LINES):
             self._say_that_it_stops(interrupt)
-            if (document["trials"], document["best"]) != told:
-                told = document["trials"], document["best"]
+            news = document["trials"], document["best"], document["replicates"]
+            if news != told:
+                told = news
                 self.out.print(progress_line(document, pace, self._behind), soft_wrap=True)
 
 
@@ -139,7 +140,7 @@ def progress_view(document: Document, pace: Pace, behind: int = 0) -> Renderable
         _rate(pace),
         f"{clock(pace.elapsed)} so far",
     )
-    lines: list[RenderableType] = [head, outcomes(trials), Text(best_line(document)), arms_table(document)]
+    lines: list[RenderableType] = [head, outcomes(trials) + Text(replicates_line(document)), Text(best_line(document)), arms_table(document)]
     if spent := budget_line(document["budget"]):
         lines.append(Text(spent))
     if behind > MANY_EVENTS:
@@ -150,7 +151,7 @@ def progress_view(document: Document, pace: Pace, behind: int = 0) -> Renderable
 def progress_line(document: Document, pace: Pace, behind: int = 0) -> str:
     """The live display in one line."""
     trials = document["trials"]
-    parts = [f"{ended(trials)} of {total(trials)} trials ({outcomes(trials).plain})", best_line(document), _rate(pace)]
+    parts = [f"{ended(trials)} of {total(trials)} trials ({outcomes(trials).plain}){replicates_line(document)}", best_line(document), _rate(pace)]
     if spent := budget_line(document["budget"]):
         parts.append(spent)
     if behind > MANY_EVENTS:

@@ -113,12 +113,12 @@ class StoppingSpec(Frozen):
 
 
 class ReplicateSpec(Frozen):
-    """Which trials are trained again with fresh seeds, so that the winner is not the luckiest."""
+    """Which trials are trained again with fresh seeds, so that the winner is not the luckiest; with the same ones in every arm."""
 
     top: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 0
     """How many of the best completed trials of each arm; 0 replicates none."""
     seeds: Count = 5
-    """How often each."""
+    """How often each, at most: those that are settled to be behind get no more, and none do once the order of the arms is settled."""
 
 
 class BudgetSpec(Frozen):
@@ -173,7 +173,7 @@ class StudySpec(Frozen):
     objective: ObjectiveSpec = Field(default_factory=ObjectiveSpec)
     stopping: StoppingSpec = Field(default_factory=StoppingSpec)
     replicate: ReplicateSpec = Field(default_factory=ReplicateSpec)
-    """Not acted upon yet: `study plan` and `study run` say so."""
+    """Trained once the search has ended: the arms are compared by these, with common seeds."""
     budget: BudgetSpec = Field(default_factory=BudgetSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep: KeepSpec = Field(default_factory=KeepSpec)

@@ -88,13 +88,20 @@ def outcomes(trials: Document) -> Text:
     return Text(", ").join(Text(f"{count} {word}", style=STYLES.get(word, "")) for word, count in shown)
 
 
+def replicates_line(document: Document) -> str:
+    """`; replicates: 3 completed, 2 running`; nothing without replicates."""
+    counts = document["replicates"]
+    return f"; replicates: {outcomes(counts).plain}" if total(counts) else ""
+
+
 def best_line(document: Document) -> str:
     """`best 0.0711 val/error: gamma-roles-0003 (optimizer.gamma=last)`."""
     best = document["best"]
     if best is None:
         return "best -"
     arm = "" if best["arm"] == "all" else f" ({best['arm']})"
-    return f"best {number(best['value'])} {best['metric']}: {best['trial_id']}{arm}"
+    mean = "" if best["mean"] is None else f", mean {number(best['mean'])} over {best['seeds']} fresh seeds"
+    return f"best {number(best['value'])} {best['metric']}: {best['trial_id']}{arm}{mean}"
 
 
 def arms_table(document: Document) -> Table:
@@ -117,7 +124,49 @@ def study_view(document: Document) -> RenderableType:
     head = Text.assemble((document["name"], "bold"), f" ({document['study_id']}): {document['state']}, ", outcomes(document["trials"]))
     trained = f"{clock(seconds)} of training in all trials together"
     spent = budget_line(document["budget"])
-    return Group(head, arms_table(document), Text(best_line(document)), Text(f"{trained}\n{spent}" if spent else trained))
+    compared = [comparison_view(document["comparison"])] if document["comparison"] else []
+    return Group(head, arms_table(document), *compared, Text(best_line(document)), Text(f"{trained}\n{spent}" if spent else trained))
+
+
+def comparison_view(document: Document) -> RenderableType:
+    """The verdict on the arms: their means over fresh seeds, how far they are behind the winner, and whether it would win again."""
+    lost = any(arm["lost"] for arm in document["arms"])
+    columns = ("arm", "trial", "seeds", *(("lost",) if lost else ()), "mean", "95% interval", "behind the winner", "95% interval", "told apart")
+    table = _table(*columns, right=("seeds", "lost", "mean", "behind the winner"), title=f"fresh seeds: {document['metric']}")
+    first, *_ = document["arms"]
+    gaps = {gap["b"]: gap for gap in document["differences"] if gap["a"] == first["arm"]}
+    sign = 1 if document["direction"] == "maximize" else -1
+    for arm in document["arms"]:
+        own = (arm["arm"], arm["trial_id"], str(arm["seeds"]), *((str(arm["lost"]),) if lost else ()), number(arm["mean"]), _ends(arm["interval"]))
+        table.add_row(*own, *_behind(gaps.get(arm["arm"]), sign), style="bold" if arm is first and len(document["arms"]) > 1 else "")
+    if document["wins_again"] is None:
+        return table
+    said = f"P({first['arm']} wins again) {document['wins_again']:.2f}: the chance that the arm that leads also leads on one more fresh seed"
+    return Group(table, Text(said))
+
+
+def _behind(gap: Document | None, sign: int) -> tuple[str, str, str]:
+    """How far an arm is behind the winner, where less is better for the arm; with the interval, and whether that leaves out 0."""
+    if gap is None or gap["estimate"] is None:
+        return "-", "-", "-"
+    ends = None if gap["interval"] is None else sorted(sign * end for end in gap["interval"])
+    apart = "-" if ends is None else "no" if ends[0] <= 0 <= ends[1] else "yes"
+    return number(sign * gap["estimate"]), _ends(ends), apart
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else " to ".join(map(number, interval))
+
+
+def confirming_line(forecast: Document) -> str:
+    """What `study best --confirm` is about to do."""
+    if not forecast["left"]:
+        return f"confirmed with {forecast['seeds']} fresh seeds already: {', '.join(forecast['trials'])}"
+    of = "trial" if len(forecast["trials"]) == 1 else "trials"
+    return (
+        f"training {len(forecast['trials'])} {of} again ({', '.join(forecast['trials'])}), solo, with {forecast['seeds']} fresh seeds: "
+        f"{forecast['left']} trainings are left, {clock(forecast['seconds'])} of training in all"
+    )
 
 
 def studies_table(documents: Iterable[Document]) -> Table:
@@ -173,7 +222,10 @@ def _difference(name: str, library: Document, gains: int, parameters: int) -> st
 def best_view(document: Document, varied: Mapping[str, object]) -> RenderableType:
     """A best config: its value, its arm, and the fields that the study varied."""
     value = f"{document['metric']} {number(document['value'])} ({document['direction']}d)"
-    rows = {"best": document["trial_id"], "value": value} | ({"MLflow run": document["run_id"]} if document["run_id"] else {})
+    rows = {"best": document["trial_id"], "value": value}
+    if known := document["confirmed"]:
+        rows["fresh seeds"] = f"mean {number(known['mean'])}, 95% interval {_ends(known['interval'])}, {known['seeds']} seeds"
+    rows |= {"MLflow run": document["run_id"]} if document["run_id"] else {}
     grid = Table.grid(padding=(0, 2))
     for name, shown in {**rows, **varied}.items():
         grid.add_row(Text(name, style="dim"), number(shown) if isinstance(shown, float) else str(shown))
@@ -196,7 +248,7 @@ def claims_view(document: Document) -> RenderableType:
         return Text("this study makes no claims; write some under `claims` of its spec, and `study run` tests them on the trials that it has")
     table = _table("claim", "expected", "measured", "interval", "n", "verdict", right=("measured", "n"))
     for claim in document["claims"]:
-        ends = "-" if claim["interval"] is None else " to ".join(map(number, claim["interval"]))
+        ends = _ends(claim["interval"])
         verdict = Text(claim["verdict"], style=VERDICT_STYLES[claim["verdict"]]) + Text(f": {claim['note']}" if claim["note"] else "")
         table.add_row(claim["id"], _expected(claim["expected"]), number(claim["estimate"]), ends, str(claim["n"]), verdict)
     said = [Text(f"{claim['id']}: {claim['says']}{_source(claim)}") for claim in document["claims"]]

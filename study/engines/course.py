@@ -29,6 +29,9 @@ EXPLODED_LOSS = 1e3
 EXPLODED_PARAMETER = 1e15
 """A parameter of larger size has exploded."""
 
+EVALUATION_IMAGES = 1024
+"""Images that go through the model at once when it is evaluated."""
+
 Metric = Callable[[Tensor, Tensor], float]
 
 
@@ -51,8 +54,8 @@ def data_on(spec: str, device: torch.device, dtype: torch.dtype) -> Data:
 class Course:
     """One trial's way."""
 
-    def __init__(self, trial_id: str, trial: TrialSpec, device: torch.device) -> None:
-        self.trial_id, self.trial = trial_id, trial
+    def __init__(self, trial_id: str, trial: TrialSpec, device: torch.device, *, test: bool = False) -> None:
+        self.trial_id, self.trial, self.test = trial_id, trial, test
         self.dtype = dtype_of(trial)
         self.data = data_on(trial.data.model_dump_json(), device, self.dtype)
         self.steps_per_epoch = len(self.data.train_labels) // trial.data.batch_size
@@ -97,12 +100,28 @@ class Course:
 
     def evaluated(self, logits: Tensor) -> dict[str, float]:
         """The metrics of the validation images; none where there are none."""
-        labels = self.data.validation_labels
-        own = {name: float(metric(logits, labels)) for name, metric in self.metrics.items()}
-        return {"val/loss": float(self.loss(logits, labels)), "val/error": float((logits.argmax(1) != labels).float().mean()), **own}
+        return self._metrics("val", logits, self.data.validation_labels)
 
-    def probed(self, model: nn.Module) -> dict[str, float]:
-        """What the trial's probes find at its end, on a model in eval mode."""
+    def _metrics(self, part: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        own = {name.replace("val/", f"{part}/", 1): float(metric(logits, labels)) for name, metric in self.metrics.items()}
+        return {f"{part}/loss": float(self.loss(logits, labels)), f"{part}/error": float((logits.argmax(1) != labels).float().mean()), **own}
+
+    @property
+    def ends_with_more(self) -> bool:
+        """Whether something is looked at only at the trial's end: by probes, or on the test images."""
+        return bool(self.trial.probes) or (self.test and len(self.data.test_labels) > 0)
+
+    def concluded(self, model: nn.Module) -> dict[str, float]:
+        """What is looked at only at the trial's end, on a model in eval mode: what probes find, and the metrics of the test images."""
+        return self._probed(model) | (self._tested(model) if self.test and len(self.data.test_labels) else {})
+
+    def _tested(self, model: nn.Module) -> dict[str, float]:
+        bf16 = self.trial.precision == "bf16"
+        with torch.autocast(self.data.test_images.device.type, torch.bfloat16, enabled=bf16):
+            logits = torch.cat([model(part) for part in torch.split(self.data.test_images, EVALUATION_IMAGES)])
+        return self._metrics("test", logits.to(self.dtype), self.data.test_labels)
+
+    def _probed(self, model: nn.Module) -> dict[str, float]:
         images, labels = self.data.validation_images, self.data.validation_labels
         if not len(labels):
             images, labels = self.data.train_images, self.data.train_labels

@@ -64,8 +64,8 @@ class Snapshot:
 class Engine(Protocol):
     """Trains the trials that it has admitted, an interval at a time."""
 
-    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None) -> None:
-        """Takes a trial in, at its beginning or where a snapshot left it."""
+    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None, *, test: bool = False) -> None:
+        """Takes a trial in, at its beginning or where a snapshot left it; `test` measures it on the test images, too, once it ends."""
 
     def advance(self) -> list[Progress]:
         """Trains every admitted trial for one interval."""

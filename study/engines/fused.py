@@ -53,15 +53,15 @@ class FusedEngine:
         """How the model is computed; empty before the first trial."""
         return self._bank.arithmetic.name if self._bank else ""
 
-    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None) -> None:
-        """Takes a trial in, at its beginning or where a snapshot left it.
+    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None, *, test: bool = False) -> None:
+        """Takes a trial in, at its beginning or where a snapshot left it; `test` measures it on the test images, too, once it ends.
 
         Raises:
             InputError: if data, model or policy do not fit together.
             ValueError: if no slot is free, the trial has another fusion key, or the snapshot belongs to another trial.
         """
         with on_one_thread():
-            course = Course(trial_id, trial, self._device)
+            course = Course(trial_id, trial, self._device, test=test)
             model = initial_model(trial, course, self._device)
             if self._bank is None:
                 self._bank = Bank(trial, course, model, self._slots.rows, self._arithmetic)

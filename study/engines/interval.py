@@ -309,9 +309,9 @@ class Interval:
             if reasons[row]:
                 continue
             values[row] |= (member.course.evaluated(logits[row]) if logits is not None else {}) | gains[row]
-            if member.course.is_last and member.course.trial.probes:
+            if member.course.is_last and member.course.ends_with_more:
                 self.bank.shell.load_state_dict(self.bank.state(row))
-                values[row] |= member.course.probed(self.bank.shell.eval())
+                values[row] |= member.course.concluded(self.bank.shell.eval())
 
     def _run(self, mode: Mode, images: Tensor) -> Tensor:
         """Logits of every row, a few rows at a time: batches are larger than in training, and all rows at once would spill the caches."""

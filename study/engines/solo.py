@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from study.engines.course import Course, sub_seed
+from study.engines.course import EVALUATION_IMAGES, Course, sub_seed
 from study.engines.engine import Progress, Snapshot
 from study.engines.moments import moments_of, restore_moments
 from study.measurement import LayerSample
@@ -27,9 +27,6 @@ from study.trial import TrialSpec
 STATISTICS_IMAGES = 512
 """Training images from which BatchNorm statistics are estimated before an evaluation."""
 
-EVALUATION_IMAGES = 1024
-"""Images that go through the model at once when it is evaluated."""
-
 
 class SoloEngine:
     """Trains one trial at a time, on one thread where it trains on the CPU: another number of threads changes bits."""
@@ -38,15 +35,15 @@ class SoloEngine:
         self._device = torch.device(device)
         self._trial: _SoloTrial | None = None
 
-    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None) -> None:
-        """Takes a trial in, at its beginning or where a snapshot left it.
+    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None, *, test: bool = False) -> None:
+        """Takes a trial in, at its beginning or where a snapshot left it; `test` measures it on the test images, too, once it ends.
 
         Raises:
             InputError: if data, model or policy do not fit together.
             ValueError: if the snapshot belongs to another trial.
         """
         with on_one_thread():
-            self._trial = _SoloTrial(trial_id, trial, self._device)
+            self._trial = _SoloTrial(trial_id, trial, self._device, test)
             if snapshot is not None:
                 self._trial.restore(snapshot)
 
@@ -75,9 +72,9 @@ class SoloEngine:
 class _SoloTrial:
     """One trial between its first step and its last."""
 
-    def __init__(self, trial_id: str, trial: TrialSpec, device: torch.device) -> None:
+    def __init__(self, trial_id: str, trial: TrialSpec, device: torch.device, test: bool) -> None:
         self.trial, self.device = trial, device
-        self.course = Course(trial_id, trial, device)
+        self.course = Course(trial_id, trial, device, test=test)
         self.data = self.course.data
         self.model: nn.Module = initial_model(trial, self.course, device)
         self.parameters = list(self.model.parameters())
@@ -96,7 +93,7 @@ class _SoloTrial:
         reason = self.course.divergence(values["train/loss"], max(float(parameter.detach().abs().max()) for parameter in self.parameters))
         if not reason:
             values |= self._evaluate() | by_place(self.tracer.gains().values())
-            values |= self._probe() if self.course.is_last else {}
+            values |= self._conclude() if self.course.is_last else {}
         return self.course.measured(values, samples, reason, time.perf_counter() - start)
 
     def _train_epoch(self) -> tuple[dict[str, float], list[LayerSample]]:
@@ -160,9 +157,9 @@ class _SoloTrial:
             return torch.cat([self.model(part) for part in torch.split(images, EVALUATION_IMAGES)]).to(self.course.dtype)
 
     @torch.no_grad()
-    def _probe(self) -> dict[str, float]:
+    def _conclude(self) -> dict[str, float]:
         self.model.eval()
-        return self.course.probed(self.model)
+        return self.course.concluded(self.model)
 
     def snapshot(self) -> Snapshot:
         """All state that the next epoch depends on."""

@@ -72,7 +72,7 @@ def trial_tags(identity: StudyIdentity, entry: Entry, parent: str) -> dict[str, 
     """The tags of a trial's run, below the run *parent* of its study."""
     replicate = {"study.replicate_of": entry.replicate_of} if entry.replicate_of else {}
     own = {"study.trial_id": entry.trial_id, "study.arm": entry.arm, "mlflow.parentRunId": parent, **replicate}
-    return {name: shortened(text, MOST_TAG) for name, text in {**entry.tags, **identity.tags(), **own}.items()}
+    return {name: shortened(text, MOST_TAG) for name, text in {**identity.tags(), **entry.tags, **own}.items()}
 
 
 def ending_tags(ending: Ending, value: float | None, measurements: Sequence[Measurement]) -> dict[str, str]:

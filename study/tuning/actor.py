@@ -50,6 +50,8 @@ class _Asked:
     trial: str
     epoch: int
     """The last epoch that the study knows of."""
+    test: bool
+    """Whether it is measured on the test images, too, once it ends."""
     answer: "asyncio.Future[Progress]"
 
 
@@ -91,12 +93,12 @@ class EngineActor:
         """Whether it is alive."""
         return True
 
-    async def next(self, trial_id: str, trial: str, epoch: int) -> "Progress":
+    async def next(self, trial_id: str, trial: str, epoch: int, test: bool = False) -> "Progress":
         """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one."""
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._run())
         answer: asyncio.Future[Progress] = asyncio.get_running_loop().create_future()
-        self._asked[trial_id] = _Asked(trial, epoch, answer)
+        self._asked[trial_id] = _Asked(trial, epoch, test, answer)
         self._news.set()
         return await answer
 
@@ -205,7 +207,7 @@ class EngineActor:
 
         path = snapshot_path(self._folder, trial_id)
         snapshot = Snapshot.load(path) if path.exists() else None
-        self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot)
+        self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot, test=asked.test)
 
     def _settled(self, progress: "Progress") -> "Progress":
         """Keeps the weights of a trial that completed, and frees the slot of one that ended."""

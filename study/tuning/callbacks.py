@@ -23,7 +23,8 @@ class LedgerCallback(Callback):
     def on_trial_start(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial was given a process, for the first time or again."""
         config = trial.config
-        self._outbox.start(config["trial_id"], arm=config["arm"], trial=json.loads(config["trial"]), tags=config["tags"])
+        which = {"arm": config["arm"], "replicate_of": config["replicate_of"]}
+        self._outbox.start(config["trial_id"], trial=json.loads(config["trial"]), tags=config["tags"], **which)
 
     def on_trial_result(self, iteration: int, trials: list["Trial"], trial: "Trial", result: dict[str, Any], **info: Any) -> None:
         """An epoch was measured. The samples are taken out of the result, which Tune would keep in memory."""

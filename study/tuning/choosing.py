@@ -62,7 +62,7 @@ def choose(spec: StudySpec, home: Path) -> Choice:
     """
     wanted = spec.resources.engine
     if wanted == "solo":
-        return _solo("the spec says so")
+        return solo_engine("the spec says so")
     choice = _tried(spec, home, wanted == "fused")
     if wanted == "fused" and choice.engine != wanted:
         raise InputError(f"these trials cannot be fused: {choice.why}", where="resources.engine", remedy="use auto or solo")
@@ -72,19 +72,19 @@ def choose(spec: StudySpec, home: Path) -> Choice:
 def _tried(spec: StudySpec, home: Path, asked_for: bool) -> Choice:
     """The fused engine where the trials can be fused and it pays, or is asked for; else the solo engine."""
     if reason := _why_not(spec):
-        return _solo(reason)
+        return solo_engine(reason)
     slots = _slots(spec)
     try:
         work = 0.0 if asked_for else _work(spec)
     except InputError:
         raise
     except Exception as error:  # of the user's code, which will raise it in the trials again, where its traceback is kept
-        return _solo(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
+        return solo_engine(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
     if not asked_for and not _pays(work, slots, float("inf")):
-        return _solo("the study is so short that starting more processes would take longer")
+        return solo_engine("the study is so short that starting more processes would take longer")
     found = _examined(spec, slots, home)
     if found.why:
-        return _solo(f"its model cannot be fused: {found.why}")
+        return solo_engine(f"its model cannot be fused: {found.why}")
     if asked_for or _pays(work, slots, found.gain):
         return Choice("fused", slots, found.arithmetic, found.gain, f"{slots} trials in one step train {found.gain:.1f} times as fast per core")
     why = f"{slots} trials in one step would train {found.gain:.1f} times as fast per core, which does not make up for their start"
@@ -128,7 +128,8 @@ def _cores() -> int:
     return max(1, os.cpu_count() or 1)
 
 
-def _solo(why: str) -> Choice:
+def solo_engine(why: str) -> Choice:
+    """The plain engine, and why."""
     return Choice("solo", 1, "", 0.0, why)
 
 

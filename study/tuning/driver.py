@@ -1,7 +1,7 @@
 """Driver: runs a study from its spec to its best config.
 
-spec ─ folder ─ preflight ─ MLflow ─┬─ Tune: searcher ─> trials ─> ledger ─> recorder ─┬─ table, best.yaml ─> StudyResult
-                                    └─ Ctrl-C, budget: trials end as what they are ────┘
+spec ─ folder ─ preflight ─ MLflow ─┬─ Tune: searcher ─> trials, replicates ─> ledger ─> recorder ─┬─ table, best.yaml ─> StudyResult
+                                    └─ Ctrl-C, budget: trials end as what they are ────────────────┘
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from typing import TYPE_CHECKING, Literal
 from study.errors import Interrupted, TrackingUnavailable
 from study.home import State, StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
-from study.results.best import BestConfig, ObjectiveResult, choose_best
+from study.results.best import BestConfig, ObjectiveResult
 from study.results.pictures import draw
+from study.results.ranking import recommended
 from study.space import Assignment
 from study.spec import StudySpec
 from study.tracking.names import masked
@@ -30,9 +32,11 @@ from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec, flatten
 from study.tuning.choosing import Choice, choose
-from study.tuning.hosting import history_of, tune_study
+from study.tuning.hosting import history_of, one_ray, tune_study
 from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
+from study.tuning.replicating import train_replicates
+from study.tuning.replication import wanted
 from study.tuning.warmstart import Earlier, earlier_trials, warm_start
 
 if TYPE_CHECKING:
@@ -85,29 +89,50 @@ def run(
     folder = StudyFolder.prepare(base, spec)
     with folder.running():
         folder.remember(spec)
-        if folder.card().state in ("finished", "failed") and len(Outbox(folder.path).records()) >= sum(planned(spec).values()):
-            return _read(folder, spec, tracking_uri_for(base, tracking_uri))
+        if folder.card().state in ("finished", "failed") and _is_complete(spec, folder):
+            return read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
         store = tracking_uri_for(base, tracking_uri)
         choice = choose(spec, base)
         log.warning("engine: %s, as %s", choice.engine, choice.why)
-        recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine=choice.engine)
-        folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
-        with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
-            _search(spec, folder, choice, interrupt, wishes, earlier)
-        if interrupt.is_set():
-            raise _interrupted(spec, folder, recorder)
-        result, artifacts = _conclude(spec, folder)
-        if undelivered:
-            raise undelivered[0]
-        artifacts += draw(folder, spec, result.trials, recorder.attach)
-        tags = _verify(folder, spec, result.trials)
-        state: Literal["finished", "failed"] = "finished" if result.best else "failed"
-        artifacts += _report(folder, spec, result.trials, state)
-        recorder.finish(state, [*artifacts, folder.claims], tags=tags)
-        folder.update(state=state)
-        return result
+
+        def work(interrupt: threading.Event) -> None:
+            began = time.monotonic()
+            with one_ray() if spec.replicate.top else nullcontext():
+                _search(spec, folder, choice, interrupt, wishes, earlier)
+                if spec.replicate.top and not interrupt.is_set():
+                    train_replicates(spec, folder, choice, interrupt, began)
+
+        return recorded(spec, folder, store, choice, watch, work)
+
+
+def _is_complete(spec: StudySpec, folder: StudyFolder) -> bool:
+    """Whether neither a trial nor a replicate is left."""
+    records = Outbox(folder.path).records()
+    return len([record for record in records if not record.replicate_of]) >= sum(planned(spec).values()) and not wanted(spec, records)
+
+
+def recorded(
+    spec: StudySpec, folder: StudyFolder, store: str, choice: Choice, watch: Watch | None, work: Callable[[threading.Event], None]
+) -> StudyResult:
+    """Does the work of a start while MLflow hears of it, and writes down what came out."""
+    recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine=choice.engine)
+    folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
+    with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
+        work(interrupt)
+    if interrupt.is_set():
+        raise _interrupted(spec, folder, recorder)
+    result, artifacts = _conclude(spec, folder)
+    if undelivered:
+        raise undelivered[0]
+    artifacts += draw(folder, spec, result.trials, recorder.attach)
+    tags = _verify(folder, spec, result.trials)
+    state: Literal["finished", "failed"] = "finished" if result.best else "failed"
+    artifacts += _report(folder, spec, result.trials, state)
+    recorder.finish(state, [*artifacts, folder.claims], tags=tags)
+    folder.update(state=state)
+    return result
 
 
 @contextmanager
@@ -196,9 +221,13 @@ def _interruptible() -> Iterator[threading.Event]:
 def _interrupted(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> Interrupted:
     folder.update(state="interrupted")
     recorder.finish("interrupted", [folder.spec])
-    ended = len([record for record in Outbox(folder.path).records() if record.outcome is not Outcome.INTERRUPTED])
+    ended = [record for record in Outbox(folder.path).records() if record.outcome is not Outcome.INTERRUPTED]
+    replicates = len([record for record in ended if record.replicate_of])
+    also = f" and {replicates} replicates" if replicates else ""
     return Interrupted(
-        f"the study was interrupted after {ended} of {spec.search.trials} trials", where=spec.name, remedy="the same command continues it"
+        f"the study was interrupted after {len(ended) - replicates} of {spec.search.trials} trials{also}",
+        where=spec.name,
+        remedy="the same command continues it",
     )
 
 
@@ -220,17 +249,21 @@ def _conclude(spec: StudySpec, folder: StudyFolder) -> tuple[StudyResult, list[P
 
 
 def _best(spec: StudySpec, folder: StudyFolder, records: list[TrialRecord]) -> BestConfig | None:
-    chosen = choose_best(records, spec.objective)
-    if chosen is None or chosen.value is None:
+    found = recommended(records, spec.objective)
+    if found is None:
         return None
-    objective = spec.objective
+    (chosen, fresh), objective = found, spec.objective
+    assert chosen.value is not None, f"{chosen.trial_id} was chosen without a value"
+    result = ObjectiveResult(metric=objective.metric, direction=objective.direction, at=objective.at, value=chosen.value)
+    if fresh is not None and fresh.interval is not None:
+        result = result.model_copy(update={"seeds": fresh.seeds, "mean": fresh.mean, "interval": fresh.interval})
     return BestConfig(
         study_id=folder.card().study_id,
         name=spec.name,
         trial_id=chosen.trial_id,
         run_id=chosen.run_id,
         arm=chosen.arm,
-        objective=ObjectiveResult(metric=objective.metric, direction=objective.direction, at=objective.at, value=chosen.value),
+        objective=result,
         spec_hash=spec.spec_hash(),
         git_commit=git_commit(),
         versions=versions(),
@@ -269,7 +302,7 @@ def _report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: 
     return write_report(folder, spec, table, state)
 
 
-def _read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
+def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
     """The result of a study that has ended; claims that it did not make before are tested now."""
     import pandas as pd
 

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from study.tuning.choosing import Choice
 from study.tuning.status import meter_of
 
 if TYPE_CHECKING:
+    from study.tuning.handing import Plan
     from study.tuning.search import Proposal, Search
     from study.tuning.stopping import History
 
@@ -53,13 +54,74 @@ def tune_study(
     Returns:
         The limit that ended the study, as `Meter.reached` names it; empty where none did.
     """
-    _quiet_hosts()
+    from study.tuning.searcher import JournalSearcher
+    from study.tuning.stopping import Past, stopping
+
+    going_on = {proposal.trial_id for proposal, _ in left}
+    entries = outbox.entries()
+    ended = [
+        Past(entry.trial_id, entry.arm, int(entry.trial["schedule"]["epochs"]), history_of(outbox, entry.trial_id, spec.objective))
+        for entry in entries
+        if entry.trial_id not in going_on and entry.state != RUNNING and not entry.replicate_of
+    ]
+    meter = meter_of(spec, entries, outbox.ended())
+    resumed = {proposal.trial_id: history for proposal, history in left}
+
+    def searcher(settings: dict[str, Any]) -> JournalSearcher:
+        return JournalSearcher(search, settings, left, _tags, meter)
+
+    scheduler = stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed)
+    return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=search.unasked + len(left))
+
+
+def tune_replicates(
+    spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan", interrupt: threading.Event, choice: Choice, samples: int
+) -> None:
+    """Lets Ray Tune run replicates, as long as the plan wants some, the budget lasts and `interrupt` is not set; none is stopped early.
+
+    Args:
+        samples: More of them are never wanted.
+    """
+    from study.tuning.handing import ReplicateSearcher
+
+    def tags(trial: TrialSpec) -> dict[str, str]:
+        return {**_tags(trial), "study.engine": choice.engine}
+
+    def searcher(settings: dict[str, Any]) -> ReplicateSearcher:
+        return ReplicateSearcher(plan, lambda trial_id: history_of(outbox, trial_id, spec.objective), settings, tags)
+
+    meter = meter_of(spec, outbox.entries(), outbox.ended())
+    tune_trials(spec, folder, outbox, interrupt, choice, searcher, None, meter, samples=samples)
+
+
+def tune_trials(
+    spec: StudySpec,
+    folder: Path,
+    outbox: Outbox,
+    interrupt: threading.Event,
+    choice: Choice,
+    searcher: Callable[[dict[str, Any]], Any],
+    scheduler: Any,
+    meter: Meter,
+    *,
+    samples: int,
+) -> str:
+    """Lets Ray Tune run what a searcher proposes.
+
+    Args:
+        searcher: Makes the searcher from the settings that every trial has in its config.
+        scheduler: Stops trials early; None stops none.
+        meter: Says when the budget is spent.
+        samples: How many the searcher may propose.
+
+    Returns:
+        The limit that ended it; empty where none did.
+    """
+    quiet_hosts()
     import ray
     from ray import tune
 
     from study.tuning.callbacks import LedgerCallback
-    from study.tuning.searcher import JournalSearcher
-    from study.tuning.stopping import Past, stopping
 
     resources = spec.resources
     settings = {
@@ -69,27 +131,20 @@ def tune_study(
         "keep_weights": spec.keep.weights,
         "patience": spec.stopping.patience,
         "grace": spec.stopping.grace,
+        "test": False,
+        "replicate_of": "",
     }
-    going_on = {proposal.trial_id for proposal, _ in left}
-    entries = outbox.entries()
-    ended = [
-        Past(entry.trial_id, entry.arm, int(entry.trial["schedule"]["epochs"]), history_of(outbox, entry.trial_id, spec.objective))
-        for entry in entries
-        if entry.trial_id not in going_on and entry.state != RUNNING and not entry.replicate_of
-    ]
-    meter = meter_of(spec, entries, outbox.ended())
     stopper = _stopper(meter, interrupt)
-    resumed = {proposal.trial_id: history for proposal, history in left}
     with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
         tune.run(
             trainable,
             name="ray",
             storage_path=str(folder.resolve()),
-            search_alg=JournalSearcher(search, settings, left, _tags, meter),
-            scheduler=stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed),
+            search_alg=searcher(settings),
+            scheduler=scheduler,
             stop=stopper,
             callbacks=[LedgerCallback(outbox, folder)],
-            num_samples=search.unasked + len(left),
+            num_samples=samples,
             resources_per_trial=share,
             reuse_actors=True,
             max_failures=2,
@@ -164,7 +219,7 @@ def _stopper(meter: Meter, interrupt: threading.Event) -> Any:
     return StudyStopper()
 
 
-def _quiet_hosts() -> None:
+def quiet_hosts() -> None:
     """Tune's own loggers, tables and Ctrl-C handling are replaced by ours; nothing phones home."""
     defaults = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -178,6 +233,16 @@ def _quiet_hosts() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def one_ray() -> Iterator[None]:
+    """One Ray for all that the block lets Tune run: starting it takes seconds."""
+    quiet_hosts()
+    import ray
+
+    with _ray(ray):
+        yield
 
 
 @contextmanager

@@ -124,8 +124,6 @@ def _warnings(spec: StudySpec, roles: list[ParameterRole], steps: int) -> list[s
             if absent := absent_places(roles, policy):
                 found.append(f"optimizer.gamma: {policy}: the model has no gain at {' or '.join(absent)}; the rest of the policy is applied")
     found += size_warnings(spec)
-    if spec.replicate.top:
-        found.append(f"replicate.top {spec.replicate.top}: this version does not replicate trials; the best is the best of one seed")
     if not any(role.scale_invariant for role in roles if role.role is Role.WEIGHT):
         found.append(
             "no weight of this model is scale-invariant: its effective learning rates have no expected rotation, medians are over all weights"

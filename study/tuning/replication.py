@@ -70,13 +70,18 @@ def finalists(records: Iterable[TrialRecord], objective: ObjectiveSpec, top: int
     return [by_arm[arm][number] for number in range(top) for arm in sorted(by_arm) if number < len(by_arm[arm])]
 
 
-def confirmations(spec: StudySpec, records: Sequence[TrialRecord], seeds: int) -> list[Replicate]:
-    """The solo replicates of `study best --confirm` that have not ended: the best few trials, by their replicates where there are some."""
+def confirmed(spec: StudySpec, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The trials that `study best --confirm` trains again: the best few, by their replicates where there are some."""
     known = {record.trial_id: record for record in records}
     leading = sorted(compare_records(records, spec.objective).candidates, key=lambda one: place(one, spec.objective))
     best = [known[one.trial_id] for one in leading if one.trial_id in known] or contenders(records, spec.objective)
+    return best[:CONFIRMED]
+
+
+def confirmations(spec: StudySpec, records: Sequence[TrialRecord], seeds: int) -> list[Replicate]:
+    """The solo replicates of `study best --confirm` that have not ended."""
     ended = {record.trial_id for record in records if record.outcome is not Outcome.INTERRUPTED}
-    batch = [replicate(spec, record, number, "c") for number in range(1, seeds + 1) for record in best[:CONFIRMED]]
+    batch = [replicate(spec, record, number, "c") for number in range(1, seeds + 1) for record in confirmed(spec, records)]
     return [one for one in batch if one.trial_id not in ended]
 
 

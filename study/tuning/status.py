@@ -1,16 +1,19 @@
 """Status: where a study stands, read from its folder alone, whether or not it runs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
 from study.home import StudyFolder
 from study.measurement import TrialRecord
 from study.results.best import choose_best
 from study.space import arm_label
-from study.spec import StudySpec
+from study.spec import ObjectiveSpec, StudySpec
 from study.tracking.outbox import RUNNING, Entry, Outbox, record_of
 from study.tuning.points import planned
+
+if TYPE_CHECKING:
+    from study.results.arms import ArmResult
 
 COUNTS = ("completed", "stopped", "diverged", "failed", "interrupted", "running", "waiting")
 
@@ -22,17 +25,19 @@ def status(folder: StudyFolder) -> dict[str, Any]:
     records = [record_of(entry) for entry in entries if entry.state != RUNNING]
     shares = planned(spec)
     outbox.close()
+    searched = [entry for entry in entries if not entry.replicate_of]
     arms = {}
     for arm in map(arm_label, spec.arms):
-        mine = [entry for entry in entries if entry.arm == arm]
+        mine = [entry for entry in searched if entry.arm == arm]
         arms[arm] = {**_counts(mine, shares[arm]), "best": _best([record for record in records if record.arm == arm], spec)}
     return {
         "study_id": card.study_id,
         "name": card.name,
         "state": card.state,
-        "trials": _counts(entries, sum(shares.values())),
+        "trials": _counts(searched, sum(shares.values())),
         "arms": arms,
         "best": _best(records, spec),
+        **_replicates(entries, records, spec),
         "budget": meter_of(spec, entries, ended).document(card.wall()),
     }
 
@@ -52,8 +57,31 @@ def _counts(entries: list[Entry], planned: int) -> dict[str, int]:
     return counts
 
 
+def _replicates(entries: list[Entry], records: list[TrialRecord], spec: StudySpec) -> dict[str, Any]:
+    """How many trials were trained again, and what they say of the arms."""
+    again = [entry for entry in entries if entry.replicate_of]
+    if not again:
+        return {"replicates": _counts([], 0), "comparison": None}
+    from study.results.arms import compare_records
+
+    return {"replicates": _counts(again, 0), "comparison": compare_records(records, spec.objective).document()}
+
+
 def _best(records: list[TrialRecord], spec: StudySpec) -> dict[str, Any] | None:
-    best = choose_best(records, spec.objective)
-    if best is None:
+    found = _recommended(records, spec.objective)
+    if found is None:
         return None
-    return {"trial_id": best.trial_id, "arm": best.arm, "value": best.value, "metric": spec.objective.metric, "run_id": best.run_id}
+    best, fresh = found
+    own = {"trial_id": best.trial_id, "arm": best.arm, "value": best.value, "metric": spec.objective.metric, "run_id": best.run_id}
+    known = (fresh.mean, fresh.interval and list(fresh.interval), fresh.seeds) if fresh is not None else (None, None, 0)
+    return {**own, **dict(zip(("mean", "interval", "seeds"), known, strict=True))}
+
+
+def _recommended(records: list[TrialRecord], objective: ObjectiveSpec) -> "tuple[TrialRecord, ArmResult | None] | None":
+    """As `ranking.recommended`, whose statistics take a moment to load and are not needed before there are replicates."""
+    if not any(record.replicate_of for record in records):
+        alone = choose_best(records, objective)
+        return None if alone is None else (alone, None)
+    from study.results.ranking import recommended
+
+    return recommended(records, objective)

@@ -76,7 +76,8 @@ class StudyTrainable(tune.Trainable):
     """A trial as Tune sees it: reports every epoch, from whoever trains it.
 
     Its config: `trial_id`, `arm`, `trial` (the spec as JSON), `objective` (JSON), `folder` (the study's), `device`,
-    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), `patience` and `grace` (epochs), and `pool`, the name of
+    `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), `patience` and `grace` (epochs),
+    `test` (whether the test images are looked at, at its end), `replicate_of` (the trial that it repeats, or nothing), and `pool`, the name of
     the pool of engines, where trials are fused.
     """
 
@@ -153,7 +154,8 @@ class SoloTrainable(StudyTrainable):
 
         path = snapshot_path(self._folder, self._trial_id)
         engine = SoloEngine(self._config["device"])
-        engine.admit(self._trial_id, TrialSpec.model_validate_json(self._config["trial"]), Snapshot.load(path) if path.exists() else None)
+        snapshot = Snapshot.load(path) if path.exists() else None
+        engine.admit(self._trial_id, TrialSpec.model_validate_json(self._config["trial"]), snapshot, test=self._config["test"])
         return engine
 
 
@@ -198,7 +200,7 @@ class FusedTrainable(StudyTrainable):
                 self._engine = self._found(lost=bool(attempt))
             try:
                 self._is_away = False
-                progress: Progress = ray.get(self._engine.next.remote(self._trial_id, self._config["trial"], self._epoch))
+                progress: Progress = ray.get(self._engine.next.remote(self._trial_id, self._config["trial"], self._epoch, self._config["test"]))
             except ray.exceptions.RayActorError as error:
                 lost = error
                 continue

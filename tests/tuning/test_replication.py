@@ -80,7 +80,11 @@ def test_those_that_ended_are_not_wanted_again_and_interrupted_ones_are() -> Non
 def test_a_candidate_that_is_settled_to_be_behind_gets_no_more_seeds() -> None:
     """Of the first arm the second candidate is behind at every seed, by about the same."""
     studied = spec(top=2, seeds=7)
-    looks = raced(studied, searched(studied), lambda trial, number: noisy(trial, number) if trial != "s-0002" else noisy("s-0000", number) + 0.3 + 0.01 * (number % 2))
+    looks = raced(
+        studied,
+        searched(studied),
+        lambda trial, number: noisy(trial, number) if trial != "s-0002" else noisy("s-0000", number) + 0.3 + 0.01 * (number % 2),
+    )
     assert len(looks[0]) == 12
     assert {name[:6] for look in looks[1:] for name in look} == {"s-0000", "s-0001", "s-0003"}
 
