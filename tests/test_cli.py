@@ -33,7 +33,7 @@ from study.tuning.status import status
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    *("init", "schema", "validate", "plan", "run", "submit", "list", "status", "logs", "stop", "delete"),
+    *("init", "schema", "validate", "plan", "run", "resume", "extend", "submit", "list", "status", "logs", "stop", "delete"),
     *("best", "verify", "report", "export", "trace", "ui", "doctor"),
 }
 
@@ -323,6 +323,63 @@ def test_the_status_counts_outcomes_by_arm(home: Path, capsys: pytest.CaptureFix
     shown = said(capsys, "status", "gains", "--home", home)
     assert re.search(r"optimizer\.gamma=all +1 +0 +1 +0 +1 +0\.125 +gains-0001", shown)
     assert "2:30 of training" in shown
+
+
+@pytest.fixture
+def replicated(home: Path) -> Path:
+    """The same home, where the completed trial of each arm was trained again."""
+    folder = StudyFolder(home / "gains")
+    outbox = Outbox(folder.path)
+    for number in (1, 2, 3):
+        for trial, arm, value in (("gains-0000", "none", 0.2), ("gains-0001", "all", 0.3)):
+            again = f"{trial}-r{number}"
+            outbox.start(again, arm=f"optimizer.gamma={arm}", trial=outbox.entries(trial)[0].trial, replicate_of=trial)
+            outbox.end(again, Ending(Outcome.COMPLETED), value + 0.01 * number**2 * (1 + (arm == "all")))
+    outbox.close()
+    return home
+
+
+def test_the_status_shows_the_verdict_on_the_arms(replicated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "status", "gains", "--home", replicated)
+    assert (found["trials"]["completed"], found["replicates"]["completed"]) == (2, 6)
+    first, second = found["comparison"]["arms"]
+    assert (first["arm"], first["seeds"], second["arm"]) == ("optimizer.gamma=none", 3, "optimizer.gamma=all")
+    (gap,) = found["comparison"]["differences"]
+    assert gap["estimate"] == pytest.approx(first["mean"] - second["mean"])
+    assert (found["best"]["trial_id"], found["best"]["seeds"]) == ("gains-0000", 3)
+    assert found["arms"]["optimizer.gamma=all"]["best"]["mean"] == pytest.approx(second["mean"])
+    shown = said(capsys, "status", "gains", "--home", replicated)
+    assert re.search(r"optimizer.gamma=all +gains-0001 +3 +0\.3933 .*0\.1467 .* yes", shown)
+    assert f"P(optimizer.gamma=none wins again) {found['comparison']['wins_again']:.2f}" in shown
+
+
+def test_a_study_is_resumed_and_extended_by_its_name(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is run has the folder's spec, with more trials; the driver's part is tested elsewhere."""
+    ran: list[int] = []
+
+    def run(spec: StudySpec, **options: object) -> None:
+        ran.append(spec.search.trials)
+        raise errors.Interrupted("stop here")
+
+    monkeypatch.setattr("study.tuning.driver.run", run)
+    assert main(["resume", "gains", "--home", str(home)]) == main(["extend", "gains", "--trials", "4", "--home", str(home)]) == 130
+    assert ran == [6, 10]
+    capsys.readouterr()
+    assert "use 2 or 4" in refused(capsys, "extend", "gains", "--trials", 3, "--home", home)
+    assert "use 2" in refused(capsys, "extend", "gains", "--trials", 1, "--home", home)
+    assert "no study of this name" in refused(capsys, "resume", "gain", "--home", home)
+
+
+def test_only_a_finished_study_is_confirmed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "gains" / "best.yaml").unlink()
+    assert "finish it with: study resume gains" in refused(capsys, "best", "gains", "--confirm", 3, "--home", home)
+
+
+def test_what_is_about_to_be_confirmed_is_said() -> None:
+    known = {"trials": ["gains-0000", "gains-0001"], "seeds": 3}
+    line = views.confirming_line({**known, "left": 6, "seconds": 75.0})
+    assert line == "training 2 trials again (gains-0000, gains-0001), solo, with 3 fresh seeds: 6 trainings are left, 1:15 of training in all"
+    assert views.confirming_line({**known, "left": 0, "seconds": 0.0}) == "confirmed with 3 fresh seeds already: gains-0000, gains-0001"
 
 
 def test_an_unknown_study_is_wrong_input(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ def compare_arms(table: "pd.DataFrame", objective: ObjectiveSpec, metric: str | 
         metric: Another column to compare by, such as `test/error`, in the objective's direction. Default: the objective.
     """
     column = "value" if metric is None else metric
-    rows = table[table["replicate_of"] != ""] if {"replicate_of", column} <= set(table.columns) else table[:0]
+    rows = table[table["replicate_of"].fillna("") != ""] if {"replicate_of", column} <= set(table.columns) else table[:0]
     columns = ("trial_id", "arm", "replicate_of", "outcome", column)
     found = (Replicated(*row) for row in zip(*(rows[name] for name in columns), strict=True)) if len(rows) else ()
     return compare(candidates(found), objective, metric)
