@@ -23,6 +23,7 @@ import pandas as pd
 
 from study.claimspec import REPLICATE, ClaimSpec, Condition, Contrast, Level, Rank, Slope, Spread
 from study.errors import Problem, SpecError
+from study.results.arms import replicate_number
 from study.results.intervals import CONFIDENCE, Interval, Values, difference, interval
 from study.space import arm_label, word
 
@@ -54,7 +55,8 @@ def measured(claim: ClaimSpec, table: pd.DataFrame) -> Measured:
     Raises:
         SpecError: if the claim does not fit the table.
     """
-    table = table.reset_index(drop=True)
+    # What `study best --confirm` trained belongs to a few of the best trials, not to every arm.
+    table = table[[replicate_number(str(trial_id), "c") is None for trial_id in table["trial_id"]]].reset_index(drop=True)
     chosen = table[_selected(claim, table, claim.where)]
     rows = chosen[chosen["outcome"] == "completed"]
     match claim.form:

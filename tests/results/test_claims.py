@@ -290,6 +290,7 @@ def test_conditions_choose_completed_trials(where: dict[str, Any], left: list[in
         for number in range(6)
     ]
     rows += [trial(**{**rows[1], "outcome": outcome, "m": 99.0, "n": 1.0}) for outcome in ("stopped", "diverged", "failed", "interrupted")]
+    rows.append(trial(**{**rows[1], "trial_id": "t-0001-c1", "replicate_of": "t-0001", "m": 99.0, "n": 1.0}))  # of `study best --confirm`
     found = outcome_of(table(rows), {"below": 0}, where, spread={"metric": ["m", "n"], "statistic": "std"})
     assert found.n == len(left)
     if left:
