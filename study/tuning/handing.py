@@ -47,6 +47,7 @@ class ReplicateSearcher(Searcher):
             "epoch": len(history),
             "history": [objective for _, objective in history],
             "test": True,
+            "patience": None,
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -123,18 +123,7 @@ def tune_trials(
 
     from study.tuning.callbacks import LedgerCallback
 
-    resources = spec.resources
-    settings = {
-        "folder": str(folder.resolve()),
-        "objective": spec.objective.model_dump_json(),
-        "device": "cuda" if resources.gpus_per_trial else "cpu",
-        "keep_weights": spec.keep.weights,
-        "patience": spec.stopping.patience,
-        "grace": spec.stopping.grace,
-        "test": False,
-        "replicate_of": "",
-    }
-    stopper = _stopper(meter, interrupt)
+    settings, stopper = settings_of(spec, folder), _stopper(meter, interrupt)
     with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
         tune.run(
             trainable,
@@ -154,6 +143,20 @@ def tune_trials(
             verbose=0,
         )
     return str(stopper.reached)
+
+
+def settings_of(spec: StudySpec, folder: Path) -> dict[str, Any]:
+    """What the config of every trial of a study holds."""
+    return {
+        "folder": str(folder.resolve()),
+        "objective": spec.objective.model_dump_json(),
+        "device": "cuda" if spec.resources.gpus_per_trial else "cpu",
+        "keep_weights": spec.keep.weights,
+        "patience": spec.stopping.patience,
+        "grace": spec.stopping.grace,
+        "test": False,
+        "replicate_of": "",
+    }
 
 
 @contextmanager

@@ -7,10 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +22,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from study.errors import DataError, ImportFailed, Interrupted, ModelError, NameTaken, TrackingUnavailable
+from study.errors import DataError, ImportFailed, ModelError, NameTaken, TrackingUnavailable
 from study.home import StudyFolder
 from study.space import arm_label
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
-from study.tuning.confirming import confirm
-from study.tuning.continuing import extended
 from study.tuning.driver import StudyResult, run
 from tests.conftest import own_environment
 
@@ -206,62 +202,6 @@ def test_the_same_seed_gives_the_same_values_twice(undisturbed: pd.DataFrame, in
     columns = ["trial_id", "value", "optimizer.lr", "val/loss"]
     tables = (trials.sort_values("trial_id")[columns].reset_index(drop=True) for trials in (undisturbed, in_two_parts[2].trials))
     pd.testing.assert_frame_equal(*tables)
-
-
-def test_replicates_go_on_after_an_interrupt_decide_the_best_and_alone_see_the_test_images(home: Path) -> None:
-    """And the best are confirmed with other seeds still, then more trials are added."""
-    trial = {**LONG, "data": {**LONG["data"], "test": 0.2}}
-    studied = spec("again", trial=trial, trials=4, replicate={"top": 1, "seeds": 2}, **SERIAL)
-    with pytest.raises(Interrupted, match="4 of 4 trials"):
-        run(studied, home=home, watch=interrupting)
-    assert "interrupted" in {record.outcome for record in Outbox(home / "again").records() if record.replicate_of}
-
-    result = run(studied, home=home)
-    all_agree(home, studied, trials=8)
-    searched, again = (part.set_index("trial_id") for _, part in result.trials.groupby(result.trials["replicate_of"] != ""))
-    best_of_arms = set(searched.sort_values("value").groupby("arm").head(1).index)
-    assert set(again.index) == {f"{trial_id}-r{number}" for trial_id in best_of_arms for number in (1, 2)}
-    assert again["test/error"].between(0, 1).all() and searched["test/error"].isna().all()
-    assert len(set(zip(again["seed"], again["data.seed"], strict=True))) == 2
-    means = again.groupby("replicate_of")["value"].mean()
-    assert result.best is not None
-    assert (result.best.trial_id, result.best.objective.seeds) == (means.idxmin(), 2)
-    assert result.best.objective.mean == pytest.approx(means.min())
-    _, children, _ = mlflow_runs(home, "again")
-    tags = {child.data.tags["study.trial_id"]: child.data.tags.get("study.replicate_of") for child in children}
-    assert tags == {trial_id: trial_id.partition("-r")[0] if "-r" in trial_id else None for trial_id in result.trials["trial_id"]}
-
-    confirmed = confirm("again", 2, home=home)
-    all_agree(home, studied, trials=12)
-    assert len(Outbox(home / "again").records()) == 12
-    assert confirmed.best is not None and confirmed.best.objective.seeds == 2
-    own = confirmed.trials[confirmed.trials["trial_id"].str.contains("-c")]
-    assert set(own["seed"]).isdisjoint(again["seed"])
-    assert confirmed.best.objective.mean == pytest.approx(own.groupby("replicate_of")["value"].mean().min())
-    assert confirm("again", 2, home=home).best == confirmed.best
-
-    longer = run(extended("again", 2, home), home=home)
-    assert set(longer.trials["trial_id"]) >= {*confirmed.trials["trial_id"], "again-0004", "again-0005"}
-    values = longer.trials.set_index("trial_id")["value"]
-    pd.testing.assert_series_equal(values[confirmed.trials["trial_id"]], confirmed.trials.set_index("trial_id")["value"])
-
-
-@contextmanager
-def interrupting(folder: StudyFolder, interrupt: threading.Event) -> Iterator[None]:
-    """Asks a study to stop once a replicate is under way."""
-
-    def look() -> None:
-        outbox = Outbox(folder.path)
-        while not done.wait(0.02):
-            if any(entry.replicate_of and entry.epoch >= 2 for entry in outbox.running()):
-                interrupt.set()
-
-    done = threading.Event()
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    yield
-    done.set()
-    thread.join()
 
 
 def test_a_space_that_reaches_into_divergence_finishes_with_a_finite_best(home: Path) -> None:
