@@ -176,7 +176,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
-    _run(load_spec(spec_file, overrides or ()), home, tracking_uri, as_json)
+    _run(load_spec(spec_file, overrides or ()), home, tracking_uri, as_json, enqueue or ())
 
 
 @app.command()
@@ -201,7 +201,7 @@ def extend(
     _run(extended(name, trials, home), home, tracking_uri, as_json)
 
 
-def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: bool) -> None:
+def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: bool, enqueue: Sequence[str] = ()) -> None:
     """Runs a study with a live display, and shows what it found."""
     out = views.console(stderr=as_json)
     out.print(views.headline(spec), soft_wrap=True)
@@ -210,7 +210,7 @@ def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: 
         from study.tuning import driver
         from study.tuning.reporting import gathered, warnings_of
 
-        result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher, enqueue=enqueue or ())
+        result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher, enqueue=enqueue)
     folder = StudyFolder.find(home_path(home), spec.name)
     found = status_of(folder)
     if not watcher.watched:

@@ -74,9 +74,7 @@ def tune_study(
     return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=search.unasked + len(left))
 
 
-def tune_replicates(
-    spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan", interrupt: threading.Event, choice: Choice, samples: int
-) -> None:
+def tune_replicates(spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan", interrupt: threading.Event, choice: Choice, samples: int) -> None:
     """Lets Ray Tune run replicates, as long as the plan wants some, the budget lasts and `interrupt` is not set; none is stopped early.
 
     Args:
