@@ -184,6 +184,8 @@ def plan_view(document: Document, optimizer: OptimizerSpec) -> RenderableType:
     arms, forecast = document["arms"], document["forecast"]
     share = "" if len(arms) == 1 else f" over {len(arms)} arms, {document['trials'] // len(arms)} each: {'; '.join(arms)}"
     steps = f"{forecast['steps_per_trial']:,} steps per trial, {forecast['steps']:,} in all where none is stopped"
+    if forecast["replicates"]:
+        steps += f"; then up to {forecast['replicates']} replicates, {forecast['replicate_steps']:,} steps"
     table = _table(
         "parameter",
         "role",
@@ -344,7 +346,9 @@ def headline(spec: StudySpec) -> str:
     """How big a study is, and where it runs."""
     address = os.environ.get("RAY_ADDRESS")
     arms = f" over {len(spec.arms)} arms" if len(spec.arms) > 1 else ""
-    return f"{spec.name}: {spec.search.trials} trials{arms} on {f'the cluster {address}' if address else 'this machine'}"
+    again = spec.replicate.top * spec.replicate.seeds * len(spec.arms)
+    replicates = f", then up to {again} replicates," if again else ""
+    return f"{spec.name}: {spec.search.trials} trials{arms}{replicates} on {f'the cluster {address}' if address else 'this machine'}"
 
 
 def engine_line(engine: Document) -> str:

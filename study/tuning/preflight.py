@@ -24,6 +24,8 @@ class Audit:
     """What a spec comes down to on its own model and data."""
 
     trials: int
+    replicates: int
+    """At most."""
     arms: tuple[str, ...]
     steps_per_trial: int
     plan: tuple[Planned, ...]
@@ -46,7 +48,8 @@ class Audit:
             }
             for planned in self.plan
         ]
-        forecast = {"steps_per_trial": self.steps_per_trial, "steps": self.steps_per_trial * self.trials}
+        steps = self.steps_per_trial
+        forecast = {"steps_per_trial": steps, "steps": steps * self.trials, "replicates": self.replicates, "replicate_steps": steps * self.replicates}
         return {
             "trials": self.trials,
             "arms": list(self.arms),
@@ -74,6 +77,7 @@ def audit(spec: StudySpec, libraries: Iterable[str] | None = ()) -> Audit:
     plan = tuple(decay_plan(roles, trial.optimizer))
     return Audit(
         spec.search.trials,
+        spec.replicate.top * spec.replicate.seeds * len(spec.arms),
         tuple(arm_label(arm) for arm in spec.arms),
         steps,
         plan,
