@@ -66,11 +66,19 @@ class ArmJournal:
         else:
             self.own.append(trial_id)
 
-    def create(self, attributes: Mapping[str, Any]) -> int:
-        """A trial without values as yet."""
-        template = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
+    def create(self, attributes: Mapping[str, Any], point: Assignment | None = None) -> int:
+        """A trial in the journal, with its values if they are known: in one line then, which a crash writes whole or not at all."""
+        # Optuna takes the first of choices that Python calls equal, so that others are written one by one.
+        plain = {
+            path: value for path, value in (point or {}).items() if self._distributions[path].to_internal_repr(value) == self._internal(path, value)
+        }
+        template = create_trial(
+            state=TrialState.RUNNING, params=plain, distributions={path: self._distributions[path] for path in plain}, user_attrs=dict(attributes)
+        )
         trial_id = self._storage.create_new_trial(self._id, template)
         self._enter(trial_id, attributes)
+        if point is not None:
+            self.set(trial_id, point)
         return trial_id
 
     def wish(self, point: Assignment) -> None:

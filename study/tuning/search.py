@@ -27,7 +27,7 @@ import optuna
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from study.measurement import Ending, Outcome
 from study.space import Assignment, arm_label
@@ -111,8 +111,12 @@ class Search:
         number = min(due)
         book = self._arm_of(number)
         wish = book.next_wish()
-        book.create({} if wish is None else {WISH: wish})
-        self._draw(number)
+        attributes = {} if wish is None else {WISH: wish}
+        if isinstance(self._sampler(number), RandomSampler):
+            book.create(attributes, self._drawn(number, create_trial(state=TrialState.RUNNING, user_attrs=attributes)))
+        else:  # which writes what it needs to know into the trial that it draws for
+            book.create(attributes)
+            self._draw(number)
         return self._proposal(number)
 
     def enqueue(self, point: Assignment, arm: Assignment | None = None) -> None:
@@ -194,11 +198,15 @@ class Search:
         return Proposal(self.trial_id(number), arm_label(arm), self.spec.trial_for({**arm, **self._frozen(number).params}))
 
     def _draw(self, number: int) -> None:
-        """Gives a trial that has been created values that no other trial of its arm has."""
-        book, local = self._arm_of(number), number // len(self.arms)
+        """Gives a trial that has been created its values."""
         frozen = self._frozen(number)
+        self._arm_of(number).set(frozen._trial_id, self._drawn(number, frozen))
+
+    def _drawn(self, number: int, frozen: FrozenTrial) -> Assignment:
+        """Values that no other trial of the arm has."""
+        book, local = self._arm_of(number), number // len(self.arms)
         wish: Assignment = book.wishes[frozen.user_attrs[WISH]] if WISH in frozen.user_attrs else {}
-        sampler = self._sampler(number, local)
+        sampler = self._sampler(number)
         # A fresh view: a Study keeps the trials that it has seen until it is asked itself.
         study = optuna.Study(book.name, self._storage, sampler)
         sampler.before_trial(study, frozen)
@@ -212,7 +220,7 @@ class Search:
             point = book.sampled(study, frozen, {**wish, **written})
         else:
             point = book.another(point, self.spec.search.seed, number)
-        book.set(frozen._trial_id, point)
+        return point
 
     def _known(self, book: ArmJournal, local: int) -> Assignment:
         """A point that is known beforehand: of the grid, of a Sobol sequence, or of the Sobol start of a model-based sampler."""
@@ -221,8 +229,8 @@ class Search:
         sobol = self.spec.search.sampler == "sobol" or (self.spec.search.sampler in MODELS and local < self.startup)
         return sobol_point(self.spec, local) if sobol and self.spec.nuisance else {}
 
-    def _sampler(self, number: int, local: int) -> BaseSampler:
-        seed = seed_of(self.spec.search.seed, number)
+    def _sampler(self, number: int) -> BaseSampler:
+        seed, local = seed_of(self.spec.search.seed, number), number // len(self.arms)
         match self.spec.search.sampler:
             case "tpe" if local >= self.startup:
                 return TPESampler(seed=seed, n_startup_trials=0)
