@@ -1,4 +1,4 @@
-"""What one sampler for all does to the arms of a study, beside what this project does: the table of docs/arms.md.
+"""What one sampler for all does to the arms of a study, beside what this project does: the table of docs/searching.md.
 
 python docs/arms.py
 

@@ -10,6 +10,7 @@ exit codes: 0 fine, 1 no usable result (or a claim refuted, where `verify` is st
 """
 
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -158,11 +159,14 @@ def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", hom
     spec = load_spec(spec_file, overrides or ())
     libraries = [word.strip() for word in compare.split(",") if word.strip()]
     with _prints_on_stderr():
-        from study.tuning.choosing import choose
+        from study.tuning.choosing import choose, pilot_seconds
+        from study.tuning.forecast import forecast
         from study.tuning.preflight import audit
 
         audited = audit(spec, None if libraries == ["all"] else libraries).document()
-        planned = {**audited, "engine": choose(spec, home_path(home)).document()}
+        choice = choose(spec, home_path(home))
+        ahead = forecast(spec, None if spec.resources.gpus_per_trial else pilot_seconds(spec), choice, os.cpu_count() or 1)
+        planned = {**audited, "forecast": {**audited["forecast"], **ahead}, "engine": choice.document()}
     _answer(as_json, planned, views.plan_view(planned, spec.trial.optimizer))
 
 

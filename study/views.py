@@ -24,6 +24,7 @@ from study.optimizer import OptimizerSpec
 from study.results.layers import LEVEL, verdict
 from study.spec import StudySpec
 from study.tracking.names import masked
+from study.tuning.forecast import sentence
 
 Document = Mapping[str, Any]
 
@@ -183,7 +184,7 @@ def plan_view(document: Document, optimizer: OptimizerSpec) -> RenderableType:
     """What `study plan` shows: the size of the study, its engine, the decay of every parameter in the base trial, warnings."""
     arms, forecast = document["arms"], document["forecast"]
     share = "" if len(arms) == 1 else f" over {len(arms)} arms, {document['trials'] // len(arms)} each: {'; '.join(arms)}"
-    steps = f"{forecast['steps_per_trial']:,} steps per trial, {forecast['steps']:,} in all where none is stopped"
+    steps = f"{forecast['steps_per_trial']:,} steps per trial, {forecast['steps']:,} in all where none is stopped; {sentence(forecast)}"
     if forecast["replicates"]:
         steps += f"; then up to {forecast['replicates']} replicates, {forecast['replicate_steps']:,} steps"
     table = _table(

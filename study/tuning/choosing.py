@@ -117,6 +117,16 @@ def _typical(spec: StudySpec) -> TrialSpec:
         return spec.trial
 
 
+def pilot_seconds(spec: StudySpec) -> float | None:
+    """CPU seconds of an epoch of a typical trial on a solo engine, from a pilot of a few steps; None where the user's own code raises."""
+    try:
+        return solo_seconds(_typical(spec))
+    except InputError:
+        raise
+    except Exception:  # of the user's code, which will raise it in the trials again, where its traceback is kept
+        return None
+
+
 def _middle(axis: Axis) -> Scalar:
     low, *_, high = axis.endpoints() if axis.choices is None else (axis.choices[0],) * 2
     if not axis.log or not isinstance(low, float) or not isinstance(high, float):

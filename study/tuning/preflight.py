@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class Audit:
     """What the libraries that were asked for do by default, by their names."""
     warnings: tuple[str, ...]
 
-    def document(self) -> dict[str, object]:
+    def document(self) -> dict[str, Any]:
         """The JSON document of `study plan`."""
         parameters = [
             {
