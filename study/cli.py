@@ -212,7 +212,7 @@ def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: 
     watcher = Watcher(out, live=not as_json)
     with _prints_on_stderr(as_json):
         from study.tuning import driver
-        from study.tuning.reporting import gathered, warnings_of
+        from study.tuning.reporting import warnings_of
 
         result = driver.run(spec, home=home, tracking_uri=tracking_uri, watch=watcher, enqueue=enqueue)
     folder = StudyFolder.find(home_path(home), spec.name)
@@ -224,7 +224,7 @@ def _run(spec: StudySpec, home: Path | None, tracking_uri: str | None, as_json: 
         out.print(views.comparison_view(found["comparison"]))
     if spec.claims and (verdicts := json.loads(folder.claims.read_text("utf-8")))["claims"]:
         out.print(views.claims_view(verdicts))
-    for warning in warnings_of(gathered(folder, spec, result.trials)):
+    for warning in warnings_of(folder, spec, result.trials):
         out.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     if result.best is None:
         raise errors.NoResult(views.why_nothing(found), where=spec.name, remedy=views.what_then(found, folder))
@@ -448,7 +448,7 @@ def report(
     folder = StudyFolder.find(home_path(home), name)
     with _prints_on_stderr():
         from study.results.report import report_document
-        from study.tuning.reporting import REPORT, gathered, report_page, warnings_of
+        from study.tuning.reporting import REPORT, gathered, report_page
 
         found = gathered(folder, folder.load_spec())
     if output is not None or not as_json:
@@ -456,7 +456,7 @@ def report(
         with _writing(target, "-o"):
             target.write_text(report_page(found), encoding="utf-8")
     answer = report_document(found)
-    warnings = [Text(f"warning: {warning}", style="yellow") for warning in warnings_of(found)]
+    warnings = [Text(f"warning: {warning['says']}; {warning['remedy']}", style="yellow") for warning in answer["warnings"]]
     _answer(as_json, answer, answer["answer"], *warnings)
 
 

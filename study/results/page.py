@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from study.budget import budget_line
+from study.results.advice import best_of_arms, searched
 from study.results.best import USE
 from study.results.report import Findings
 from study.results.wording import counted, number, span
@@ -31,6 +33,9 @@ MOST_TRACED = 6
 
 MOST_POINTS = 40_000
 """Points of all traces together, so that the page stays below about a megabyte."""
+
+MOST_DOTS = 4_000
+"""Trials in the plane: of more, an even selection with the best of each arm."""
 
 FEWEST, MOST = 40, 200
 """Samples that a layer is drawn with."""
@@ -53,7 +58,7 @@ def draw_figures(found: Findings) -> Figures:
 
     objective, plane = found.spec.objective, ""
     if set(PRODUCT) & set(found.spec.space) and len(found.table):
-        drawn = plane_figure(found.table, objective.metric, objective.direction)
+        drawn = plane_figure(_selected(searched(found.table), objective.direction), objective.metric, objective.direction)
         plane = inline_svg(svg_text(drawn), "plane", f"{objective.metric} of every trial in the plane of learning rate and weight decay")
     arms = list(found.traces)[:MOST_TRACED]
     traces = {arm: found.traces[arm][1] for arm in arms}
@@ -66,6 +71,14 @@ def draw_figures(found: Findings) -> Figures:
         title = f"Effective learning rate and rotation of every layer over the steps: {', '.join(_title(found, arm) for arm in row)}"
         figures.append(inline_svg(svg_text(drawn), f"traces{place}", title))
     return Figures(plane, tuple(figures))
+
+
+def _selected(trials: "pd.DataFrame", direction: str) -> "pd.DataFrame":
+    """All trials, or an even selection of them with the best of each arm."""
+    if len(trials) <= MOST_DOTS:
+        return trials
+    kept = {*trials.index[:: -(-len(trials) // MOST_DOTS)], *best_of_arms(trials, direction).index}
+    return trials[trials.index.isin(kept)]
 
 
 def _title(found: Findings, arm: str) -> str:
@@ -88,10 +101,18 @@ def page(document: Mapping[str, Any], figures: Figures) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters |= {"number": number, "span": span, "cell": _cell, "counted": counted, "duration": _duration, "expected": _expected}
+    templates.filters |= {
+        "number": number,
+        "span": span,
+        "cell": _cell,
+        "counted": counted,
+        "duration": _duration,
+        "expected": _expected,
+        "budget_line": budget_line,
+    }
     drawn = {"plane": Markup(figures.plane), "traces": [Markup(figure) for figure in figures.traces]}
     return templates.get_template(TEMPLATE).render(
-        report=document, figures=drawn, use=USE, shown_traces=MOST_TRACED, forests=_forests(document["arms"])
+        report=document, figures=drawn, use=USE, shown_traces=MOST_TRACED, shown_trials=MOST_DOTS, forests=_forests(document["arms"])
     )
 
 

@@ -48,10 +48,19 @@ class Findings:
     traces: "Mapping[str, tuple[str, pd.DataFrame]]"
     """Arm to its best trial and that trial's trace, best arm first."""
     comparison: Comparison
+    budget: Mapping[str, Any]
+    """The part of `study status` about it; empty where it is not known."""
 
 
-def findings(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", histories: Mapping[str, History], state: State) -> Findings:
-    """Gathers from a study's folder what a report is made of."""
+def findings(
+    folder: StudyFolder,
+    spec: StudySpec,
+    table: "pd.DataFrame",
+    histories: Mapping[str, History],
+    state: State,
+    budget: Mapping[str, Any] | None = None,
+) -> Findings:
+    """Gathers from a study's folder what a report is made of; arguments as in `Findings`."""
     comparison = compare_arms(table, spec.objective) if len(table) else Comparison(spec.objective.metric, spec.objective.direction, (), (), None, ())
     environment = folder.path / "environment.json"
     return Findings(
@@ -65,6 +74,7 @@ def findings(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", histor
         failures=_failures(folder, table),
         traces=_traces(folder, representatives(spec, table, comparison)),
         comparison=comparison,
+        budget=budget or {},
     )
 
 
@@ -170,7 +180,7 @@ def _provenance(found: Findings) -> dict[str, Any]:
         "created": found.card.created,
         "reported": datetime.now(UTC).isoformat(timespec="seconds"),
         "trial_seconds": seconds,
-        "budget": found.spec.budget.model_dump(mode="json"),
+        "budget": dict(found.budget),
         "versions": dict(found.environment.get("versions", {})),
         "platform": found.environment.get("platform", ""),
         "cores": found.environment.get("cores"),

@@ -15,6 +15,7 @@ from study.results.page import Figures, draw_figures, page
 from study.results.report import Findings, findings, report_document
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
+from study.tuning.status import status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ def gathered(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame | None" 
         state: Where it stands. Default: as its folder says.
     """
     table = trials_of(folder) if table is None else table
-    return findings(folder, spec, table, _histories(folder, spec, table), state or folder.card().state)
+    return findings(folder, spec, table, _histories(folder, spec, table), state or folder.card().state, status(folder)["budget"])
 
 
 def trials_of(folder: StudyFolder) -> "pd.DataFrame":
@@ -61,9 +62,10 @@ def _histories(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame") -> d
     return histories
 
 
-def warnings_of(found: Findings) -> list[Advice]:
-    """What a careful colleague would say of a study's trials."""
-    return advise(found.spec, found.table, found.histories)
+def warnings_of(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame | None" = None) -> list[Advice]:
+    """What a careful colleague would say of a study's trials; the table as in `gathered`."""
+    table = trials_of(folder) if table is None else table
+    return advise(spec, table, _histories(folder, spec, table))
 
 
 def report_page(found: Findings) -> str:

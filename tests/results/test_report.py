@@ -8,6 +8,7 @@ import pytest
 
 from study.home import StudyFolder
 from study.measurement import LayerSample
+from study.results import page as pages
 from study.results.page import Figures, draw_figures, page
 from study.results.report import findings, report_document
 from study.traces import write_trace
@@ -223,3 +224,10 @@ def test_layers_are_told_with_their_states(folder: StudyFolder) -> None:
 def test_a_study_that_varies_neither_learning_rate_nor_decay_has_no_plane(folder: StudyFolder) -> None:
     studied = spec(space={"optimizer.gamma": {"choices": ["none", "all"], "role": "scientific"}})
     assert draw_figures(findings(folder, studied, table(*trials()), {}, "finished")).plane == ""
+
+
+def test_of_very_many_trials_an_even_selection_is_drawn_with_the_best_of_each_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_DOTS", 3)
+    rows = table(*(trial(number, (NONE, ALL)[number % 2], 1 / (1 + number % 6)) for number in range(10)))
+    assert list(pages._selected(rows, "minimize")["trial_id"]) == [f"gains-{number:04}" for number in (0, 4, 5, 8)]
+    assert len(pages._selected(rows.head(3), "minimize")) == 3

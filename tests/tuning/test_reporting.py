@@ -68,7 +68,7 @@ def test_a_study_without_trials_has_a_report(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_warnings_follow_from_the_ledger(home: Path) -> None:
-    edge, improving = warnings_of(gathered(StudyFolder(home / "gains"), STUDY))[1:]
+    edge, improving = warnings_of(StudyFolder(home / "gains"), STUDY)[1:]
     assert edge.says.startswith("the best optimizer.lr is within 5% of the upper end 1")
     assert "gains-0000 of optimizer.gamma=none from 0." in improving.says
 
