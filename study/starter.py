@@ -93,6 +93,8 @@ search: {{sampler: tpe, trials: {TRIALS_PER_ARM * number}, seed: 0}}
 objective: {{metric: val/error, direction: minimize}}
 # Most trials are stopped early; grace is the number of epochs that each one gets.
 stopping: {{scheduler: asha, grace: 5, reduction: 3}}
+# When the search has ended, the best of each arm are trained again with fresh seeds: these decide, not the values they were chosen by.
+replicate: {{top: 2, seeds: 5}}
 # The whole study ends after this time; running trials end cleanly.
 budget: {{wall: 4h}}
 """

@@ -80,7 +80,7 @@ def advise(spec: StudySpec, table: "pd.DataFrame", histories: Mapping[str, Histo
     trials = searched(table)
     best = best_of_arms(trials, spec.objective.direction)
     return [
-        *_separation(spec, trials, compare_arms(table, spec.objective)),
+        *_separation(spec, table, compare_arms(table, spec.objective)),
         *_few_completed(spec, trials),
         *_edges(spec, best),
         *_still_improving(spec, best, histories or {}),
@@ -104,11 +104,11 @@ def best_of_arms(trials: "pd.DataFrame", direction: str) -> "pd.DataFrame":
     return rivals.sort_values("value", ascending=direction == "minimize", kind="stable").drop_duplicates("arm")
 
 
-def _separation(spec: StudySpec, trials: "pd.DataFrame", comparison: Comparison) -> list[Advice]:
+def _separation(spec: StudySpec, table: "pd.DataFrame", comparison: Comparison) -> list[Advice]:
     """Whether the order of the best two arms can be believed."""
     winner = comparison.winner
     if winner is None:
-        return _one_seed(spec, trials)
+        return _one_seed(spec, table)
     if len(comparison.arms) < 2:
         return []
     runner_up = comparison.arms[1]
@@ -123,26 +123,20 @@ def _separation(spec: StudySpec, trials: "pd.DataFrame", comparison: Comparison)
     return [Advice("not-separable", says, "raise replicate.seeds, or take either")]
 
 
-def _one_seed(spec: StudySpec, trials: "pd.DataFrame") -> list[Advice]:
+def _one_seed(spec: StudySpec, table: "pd.DataFrame") -> list[Advice]:
+    """Of a study whose arms have no replicates."""
+    trials = searched(table)
     completed = trials[trials["outcome"] == "completed"]
     seeds = completed[[name for name in SEEDS if name in completed]].drop_duplicates()
     if len(completed) < 2 or len(seeds) != 1:
         return []
     if len(spec.arms) > 1:
-        return [
-            Advice(
-                "one-seed",
-                "one seed: differences between arms are not findings",
-                "set replicate.top and replicate.seeds to compare them on fresh seeds",
-            )
-        ]
-    return [
-        Advice(
-            "one-seed",
-            f"one seed: the best of {counted(len(completed), 'completed trial')} is also the luckiest, and its value a little too good",
-            "train it again with fresh seeds: `study best --confirm`",
-        )
-    ]
+        remedy = "set replicate.top and replicate.seeds to compare them on fresh seeds"
+        return [Advice("one-seed", "one seed: differences between arms are not findings", remedy)]
+    if len(trials) < len(table):  # its best was confirmed
+        return []
+    says = f"one seed: the best of {counted(len(completed), 'completed trial')} is also the luckiest, and its value a little too good"
+    return [Advice("one-seed", says, f"train it again with fresh seeds: study best {spec.name} --confirm 5")]
 
 
 def separable(difference: Difference | None) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from study.results.advice import best_of_arms, searched, separable
 from study.results.arms import Comparison
+from study.results.best import BestConfig
 from study.results.claims import Verdict
 from study.results.wording import counted, listed, number, span
 from study.spec import StudySpec
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def answer(spec: StudySpec, table: "pd.DataFrame", comparison: Comparison, verdicts: Sequence[Verdict] = ()) -> str:
-    """The paragraph at the top of a report."""
+def answer(spec: StudySpec, table: "pd.DataFrame", comparison: Comparison, verdicts: Sequence[Verdict] = (), config: BestConfig | None = None) -> str:
+    """The paragraph at the top of a report.
+
+    Args:
+        spec: The study.
+        table: Its trials.
+        comparison: Its arms by their replicates.
+        verdicts: What became of its claims.
+        config: Its best config; one that was confirmed is told with its mean.
+    """
     best = best_of_arms(searched(table), spec.objective.direction) if len(table) else table
     if best.empty:
         return "No trial trained to its end with a finite value, so the study has no answer."
@@ -27,6 +36,7 @@ def answer(spec: StudySpec, table: "pd.DataFrame", comparison: Comparison, verdi
         sentences = _compared(comparison) if several else _confirmed(comparison)
     else:
         sentences = _first_values(spec, best) if several else _best_value(spec, table, best)
+        sentences += _again(config)
     return " ".join([*sentences, *_claims(verdicts)])
 
 
@@ -92,6 +102,15 @@ def _best_value(spec: StudySpec, table: "pd.DataFrame", best: "pd.DataFrame") ->
         f"The best of {completed} is {row['trial_id']}, with a {spec.objective.metric} of {number(row['value'])}.",
         "It was trained once, and the best of many is also the luckiest: expect fresh seeds to do a little worse.",
     ]
+
+
+def _again(config: BestConfig | None) -> list[str]:
+    """What fresh seeds made of the best trial, where it was confirmed."""
+    if config is None or config.objective.mean is None:
+        return []
+    found = config.objective
+    mean = f"{number(found.mean)} (95% interval {span(found.interval)})"
+    return [f"Trained again on {counted(found.seeds, 'fresh seed')}, {config.trial_id} has a mean {found.metric} of {mean}."]
 
 
 def _claims(verdicts: Sequence[Verdict]) -> list[str]:

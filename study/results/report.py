@@ -113,7 +113,7 @@ def report_document(found: Findings) -> dict[str, Any]:
         "name": spec.name,
         "state": found.state,
         "question": spec.question,
-        "answer": answer(spec, found.table, comparison, verdicts),
+        "answer": answer(spec, found.table, comparison, verdicts, found.best),
         "metric": spec.objective.metric,
         "direction": spec.objective.direction,
         "best": None if found.best is None else {**document(found.best), "varied": varied(found.best, spec)},

@@ -38,7 +38,11 @@ def test_one_seed_is_no_finding() -> None:
 def test_the_best_of_a_study_without_arms_is_lucky() -> None:
     space = {"optimizer.lr": {"low": 1e-3, "high": 1.0, "log": True}}
     rows = [trial(number, "all") for number in range(5)]
-    assert told(table(*rows), space=space)["one-seed"].says.startswith("one seed: the best of 5 completed trials is also the luckiest")
+    lucky = told(table(*rows), space=space)["one-seed"]
+    assert lucky.says.startswith("one seed: the best of 5 completed trials is also the luckiest")
+    assert lucky.remedy == "train it again with fresh seeds: study best gains --confirm 5"
+    confirmed = [{**trial(0, "all"), "trial_id": f"gains-0000-c{k}", "replicate_of": "gains-0000", "seed": 99 + k} for k in (1, 2)]
+    assert "one-seed" not in told(table(*rows, *confirmed), space=space)
 
 
 def test_seeds_that_are_an_axis_are_several() -> None:

@@ -9,9 +9,13 @@ import pytest
 from study.home import StudyFolder
 from study.measurement import LayerSample
 from study.results import page as pages
+from study.results.answer import answer
+from study.results.arms import compare_arms
+from study.results.best import BestConfig, ObjectiveResult
 from study.results.page import Figures, draw_figures, page
 from study.results.report import findings, report_document
 from study.traces import write_trace
+from study.trial import TrialSpec
 from tests.results.tables import ALL, NONE, replicates, spec, table, trial
 
 AHEAD, BEHIND = [0.10, 0.11, 0.12, 0.10, 0.11], [0.13, 0.14, 0.16, 0.13, 0.14]
@@ -128,6 +132,18 @@ def test_what_is_not_separable_is_not_called_better(folder: StudyFolder) -> None
     assert found["answer"].startswith(f"The study does not separate {NONE}, whose mean val/error of 0.108")
     assert "which includes 0)" in found["answer"]
     assert "ahead" not in found["answer"]
+
+
+def test_a_confirmed_best_is_told_with_its_mean() -> None:
+    space = {"optimizer.lr": {"low": 1e-3, "high": 1.0, "log": True}}
+    rows, studied = table(*(trial(number, "all", 0.1 + number / 100) for number in range(4))), spec(space=space)
+    alone = answer(studied, rows, compare_arms(rows, studied.objective))
+    assert alone.startswith("The best of 4 completed trials is gains-0000, with a val/error of 0.1. It was trained once")
+    result = ObjectiveResult(metric="val/error", direction="minimize", at="final", value=0.1, seeds=5, mean=0.12, interval=(0.11, 0.13))
+    provenance = {"study_id": "x", "run_id": "", "git_commit": "", "versions": {}, "date": "2026-01-01", "spec_hash": "a" * 64}
+    config = BestConfig(name="gains", trial_id="gains-0000", arm="all", objective=result, trial=TrialSpec(), **provenance)
+    told = answer(studied, rows, compare_arms(rows, studied.objective), config=config)
+    assert told == f"{alone} Trained again on 5 fresh seeds, gains-0000 has a mean val/error of 0.12 (95% interval 0.11 to 0.13)."
 
 
 def test_a_study_without_a_completed_trial_has_no_answer(folder: StudyFolder) -> None:
