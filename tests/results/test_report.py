@@ -159,7 +159,7 @@ def test_claims_are_part_of_the_answer(folder: StudyFolder) -> None:
     assert [claim["verdict"] for claim in found["claims"]["claims"]] == ["confirmed"]
     assert "pairing is not one-to-one" in found["claims"]["not_tested"][0]
     shown = Page(page(found, Figures("", ()))).text
-    assert "Decaying no gains is better. none-is-better, arXiv:2205.07260 below 0 -0.032 -0.03755 to -0.02645 5 confirmed" in shown
+    assert "Decaying no gains is better. none-is-better, arXiv:2205.07260 confirmed below 0 -0.032 -0.03755 to -0.02645 5" in shown
     assert "Not tested: claims.untestable" in shown
 
 
