@@ -110,7 +110,7 @@ class Cluster:
         number = before[-1].number + 1 if before else 1
         attempt = Attempt(f"{spec.name}-{number}", spec.name, number, home, spec.spec_hash(), "PENDING")
         command = ["python", "-m", "study.job", "run", SPEC, *(["--home", home] if home else [])]
-        with tempfile.TemporaryDirectory() as place, self._asking():
+        with tempfile.TemporaryDirectory() as place, _asking(self.url):
             package = Path(place) / f"{spec.name}.zip"
             packed(spec, folder, package)
             environment: dict[str, Any] = {"working_dir": str(package), "env_vars": self._variables(settings)}
@@ -145,7 +145,7 @@ class Cluster:
 
     def attempts(self, name: str | None = None) -> list[Attempt]:
         """Every submission, or those of one study, oldest first."""
-        with self._asking():
+        with _asking(self.url):
             jobs = self._client.list_jobs()
         found = [attempt for job in jobs if (attempt := attempt_of(job)) is not None and name in (None, attempt.name)]
         return sorted(found, key=lambda attempt: (attempt.name, attempt.number))
@@ -169,7 +169,7 @@ class Cluster:
 
     def logs(self, attempt: Attempt, follow: bool = False) -> Iterator[str]:
         """What an attempt has printed; with *follow*, until it ends."""
-        with self._asking():
+        with _asking(self.url):
             if not follow:
                 yield self._client.get_job_logs(attempt.id)
                 return
@@ -187,7 +187,7 @@ class Cluster:
             time.sleep(POLL)
 
     def _now(self, submission: str) -> Attempt:
-        with self._asking():
+        with _asking(self.url):
             found = attempt_of(self._client.get_job_info(submission))
         assert found is not None, "submitted here"
         return found
@@ -201,7 +201,7 @@ class Cluster:
         attempt = self.latest(name)
         if not attempt.running:
             raise NotRunning(f"this study does not run (its last attempt, {attempt.id}, is {attempt.status})", where=self.url, remedy=attempt.again)
-        with self._asking():
+        with _asking(self.url):
             self._client.stop_job(attempt.id)
         return self.ended(attempt)
 
@@ -220,7 +220,7 @@ class Cluster:
 
     def _answer(self, *arguments: str) -> Any:
         """What a short job says that reads on the head; the job is deleted."""
-        with self._asking():
+        with _asking(self.url):
             job = self._client.submit_job(entrypoint=shlex.join(["python", "-m", "study.job", *arguments]), metadata={"study.reads": arguments[0]})
             deadline = time.monotonic() + READING
             while (info := self._client.get_job_info(job)).status in RUNNING:
@@ -236,21 +236,22 @@ class Cluster:
             raise ClusterError(f"the head cannot say ({_last_words(printed or info.message or '')})", where=self.url, remedy=remedy)
         return json.loads(answers[-1])
 
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Turns what Ray's client raises into an error of ours."""
-        import aiohttp
-        import requests
-        from ray.exceptions import AuthenticationError
 
-        try:
-            yield
-        except AuthenticationError as error:
-            raise ClusterError(f"the cluster refuses the token ({_last_words(error)})", where=self.url, remedy="see RAY_AUTH_TOKEN") from None
-        except (requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise ClusterError(f"the cluster does not answer ({_last_words(error)})", where=self.url, remedy="what runs there goes on") from None
-        except RuntimeError as error:  # all that Ray's client knows
-            raise ClusterError(f"the cluster will not do it ({_last_words(error)})", where=self.url, remedy="see its dashboard") from None
+@contextmanager
+def _asking(url: str) -> Iterator[None]:
+    """Turns what Ray's client raises into an error of ours."""
+    import aiohttp
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ClusterError(f"the cluster refuses the token ({_last_words(error)})", where=url, remedy="see RAY_AUTH_TOKEN") from None
+    except (requests.RequestException, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+        raise ClusterError(f"the cluster does not answer ({_last_words(error)})", where=url, remedy="try again; what runs there goes on") from None
+    except RuntimeError as error:  # all that Ray's client knows
+        raise ClusterError(f"the cluster will not do it ({_last_words(error)})", where=url, remedy="see its dashboard") from None
 
 
 def _check_place(folder: Path, home: str, requirements: str) -> None:
@@ -305,8 +306,9 @@ def _client(url: str, token: str) -> "JobSubmissionClient":
     # These would take the place of the address that was given.
     kept = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
-        # Named here, the token is sent whatever RAY_AUTH_MODE was when ray was first imported.
-        return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+        with _asking(url):
+            # Named here, the token is sent whatever RAY_AUTH_MODE was when ray was first imported.
+            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
     finally:
         os.environ.update(kept)
 
