@@ -16,6 +16,12 @@ from typing import NamedTuple
 
 from tests.conftest import own_environment
 
+STARTED = "Ray runtime started."
+"""What `ray start` prints once it has."""
+
+PATIENT = {"RAY_raylet_start_wait_time_s": "240"}
+"""Ray gives up on a node that does not join within 60 seconds."""
+
 
 class Head(NamedTuple):
     """A real Ray cluster with token authentication on."""
@@ -54,8 +60,9 @@ def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpu
     address = f"http://{host}:{dashboard}"
     try:
         with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options) as ray:
-            deadline = time.monotonic() + 120
-            while asked(address, enter) != "401":
+            deadline = time.monotonic() + 280
+            # The dashboard answers before the node has joined, which a busy machine may not let it do in time.
+            while STARTED not in (folder / "head.txt").read_text() or asked(address, enter) != "401":
                 assert ray.poll() is None and time.monotonic() < deadline, (folder / "head.txt").read_text()
                 time.sleep(0.3)
             yield Head(address, known, home, (folder / "token").read_text(), port)
@@ -69,7 +76,13 @@ def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *opt
     command = [*enter, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", "--disable-usage-stats"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("wb") as out:
-        ray = subprocess.Popen([*command, *options], env={**environment, "PATH": path}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        ray = subprocess.Popen(
+            [*command, *options],
+            env={**environment, **PATIENT, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         yield ray
     finally:
