@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.conftest import own_environment
 
 STARTED = "Ray runtime started."
 """What `ray start` prints once it has."""
 
-PATIENT = {"RAY_raylet_start_wait_time_s": "240"}
-"""Ray gives up on a node that does not join within 60 seconds."""
+TRIES = 4
+"""Ray gives up on a node that does not join within 30 seconds, which a busy machine may not let it."""
 
 
 class Head(NamedTuple):
@@ -59,11 +61,10 @@ def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpu
         options.append(f"--node-ip-address={host}")
     address = f"http://{host}:{dashboard}"
     try:
-        with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options) as ray:
-            deadline = time.monotonic() + 280
-            # The dashboard answers before the node has joined, which a busy machine may not let it do in time.
-            while STARTED not in (folder / "head.txt").read_text() or asked(address, enter) != "401":
-                assert ray.poll() is None and time.monotonic() < deadline, (folder / "head.txt").read_text()
+        with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options):
+            deadline = time.monotonic() + 120
+            while asked(address, enter) != "401":
+                assert time.monotonic() < deadline, (folder / "head.txt").read_text()
                 time.sleep(0.3)
             yield Head(address, known, home, (folder / "token").read_text(), port)
     finally:
@@ -71,23 +72,24 @@ def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpu
 
 
 @contextmanager
-def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> "Iterator[subprocess.Popen[bytes]]":
+def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> Iterator[None]:
     """`ray start` while the block lasts; it takes its own processes along, and those of no other Ray."""
     command = [*enter, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", "--disable-usage-stats"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with log.open("wb") as out:
-        ray = subprocess.Popen(
-            [*command, *options],
-            env={**environment, **PATIENT, "PATH": path, "PYTHONUNBUFFERED": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield ray
-    finally:
-        ray.terminate()
-        ray.wait(timeout=60)
+    for _ in range(TRIES):
+        with log.open("wb") as out:
+            known = {**environment, "PATH": path, "PYTHONUNBUFFERED": "1"}
+            ray = subprocess.Popen([*command, *options], env=known, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while ray.poll() is None and STARTED not in log.read_text():
+                time.sleep(0.3)
+            if ray.poll() is None:
+                yield
+                return
+        finally:
+            ray.terminate()
+            ray.wait(timeout=120)
+    pytest.fail(f"Ray did not start: {log.read_text()}")
 
 
 def free_ports(number: int) -> list[int]:
