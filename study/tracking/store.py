@@ -300,7 +300,8 @@ def _one_on_postgresql(uri: str) -> Iterator[None]:
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
-    with create_engine(uri, poolclass=NullPool).connect() as connection:
+    # Without a transaction: an open one would hold up what makes the tables.
+    with create_engine(uri, poolclass=NullPool, isolation_level="AUTOCOMMIT").connect() as connection:
         # Held by the connection, and gone with it.
         connection.execute(text("select pg_advisory_lock(:gate)"), {"gate": GATE})
         yield
