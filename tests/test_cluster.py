@@ -308,7 +308,7 @@ def wide():
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_path: Path) -> None:
     """The whole walk, each command in a process of its own as a user starts it."""
     address = ("--address", head.address)
@@ -322,7 +322,7 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
         return done.stdout, done.stderr
 
     (tmp_path / "nets.py").write_text(MODEL)
-    lasting = spec("halted", epochs=3000, trial={"model": {"name": "import:nets:wide"}})
+    lasting = spec("halted", epochs=100_000, trial={"model": {"name": "import:nets:wide"}})
     (tmp_path / "halted.yaml").write_text(lasting.to_yaml())
 
     _, said = study("submit", "halted.yaml", code=2, token="1" * 64)
@@ -331,11 +331,11 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
     began = time.monotonic()
     submitted = json.loads(study("submit", "halted.yaml", "--json")[0])
     assert (submitted["id"], submitted["status"]) == ("halted-1", "PENDING")
-    assert time.monotonic() - began < 60  # does not wait for the study
+    assert time.monotonic() - began < 100  # does not wait for the study
     assert "this study runs there already, as halted-1" in study("submit", "halted.yaml", code=2)[1]
     assert study("submit", "halted.yaml", "--json", code=2)[0].count("this study runs there already") == 1
 
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while (found := json.loads(study("status", "halted", "--json")[0]))["trials"]["running"] == 0:
         assert found["job"]["status"] in ("PENDING", "RUNNING") and time.monotonic() < deadline, study("logs", "halted")[0]
         time.sleep(1)
@@ -351,7 +351,7 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
     assert "this study does not run (its last attempt, halted-1, is STOPPED)" in study("stop", "halted", code=2)[1]
     assert {run["status"] for run in _trial_runs(head.home)} == {"KILLED"}
 
-    shorter = ("--set", "search.trials=2", "--set", "budget.wall=40s")  # changes that a study may see
+    shorter = ("--set", "search.trials=2", "--set", "budget.wall=30s")  # changes that a study may see
     printed, followed = study("submit", "halted.yaml", "--wait", *shorter, code=1)
     assert printed == "halted-2\n" and "no trial completed" in followed
     [again] = json.loads(study("list", "--json")[0])

@@ -6,6 +6,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ name: halted
 trial:
   data: {train_size: 320}
   model: {name: mlp, width: 16}
-  schedule: {epochs: 3000, shape: constant}
+  schedule: {epochs: 100000, shape: constant}
 space:
   optimizer.lr: {low: 1e-2, high: 1, log: true}
 search: {sampler: random, trials: 2}
@@ -26,7 +28,21 @@ resources: {engine: solo}
 """
 
 
+@contextmanager
+def running(command: list[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that does not outlive the block."""
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=own_environment(), stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(timeout=120)
+
+
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_running_study_reports_closes_its_runs_and_can_be_gone_on_with(
     tmp_path: Path, mlflow_database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,8 +51,8 @@ def test_a_running_study_reports_closes_its_runs_and_can_be_gone_on_with(
     shutil.copy(mlflow_database, home / "mlflow.db")
     (tmp_path / "halted.yaml").write_text(SPEC)
     command = [sys.executable, "-m", "study", "run", "halted.yaml", "--home", str(home)]
-    with subprocess.Popen(command, cwd=tmp_path, env=own_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        deadline = time.monotonic() + 120
+    with running(command, tmp_path) as run:
+        deadline = time.monotonic() + 400
         while True:
             code, printed = main(["status", "halted", "--home", str(home), "--json"]), capsys.readouterr().out
             if code == 0 and json.loads(printed)["trials"]["running"]:
@@ -45,7 +61,7 @@ def test_a_running_study_reports_closes_its_runs_and_can_be_gone_on_with(
             time.sleep(0.3)
         assert main(["stop", "halted", "--home", str(home), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert run.wait(timeout=30) == 130
+        assert run.wait(timeout=120) == 130
     assert found["state"] == "interrupted"
     assert found["trials"]["running"] == 0 and found["trials"]["interrupted"] > 0
     with sqlite3.connect(home / "mlflow.db") as db:

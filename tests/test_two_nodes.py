@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import own_environment
 from tests.rays import Head, a_head, a_node
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 FIRST, SECOND = "10.231.7.1", "10.231.7.2"
 
@@ -101,14 +101,14 @@ def test_a_study_trains_on_both_machines(machines: Machines, mlflow_database: Pa
 def study(*words: str, head: Head, machines: Machines, project: Path, code: int = 0) -> str:
     """A command on the first machine."""
     command = [*machines.first, sys.executable, "-m", "study", *words, "--address", head.address]
-    done = subprocess.run(command, cwd=project, env={**own_environment(), **head.environment}, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=project, env={**own_environment(), **head.environment}, capture_output=True, text=True, timeout=900)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
 def wait_for_nodes(number: int, head: Head, machines: Machines, project: Path) -> None:
     """Until the doctor sees so many nodes, all of which see the home."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while True:
         checks = json.loads(study("doctor", "--json", head=head, machines=machines, project=project))["checks"]
         [nodes] = [check for check in checks if check["name"] == "nodes"]

@@ -13,7 +13,7 @@ from ray.cluster_utils import Cluster
 
 from study.tuning.actor import Pool
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 GPUS = 4
 SHARE = 0.5
@@ -32,7 +32,7 @@ class Proxy:
         context = ray.get_runtime_context()
         [gpu] = context.get_accelerator_ids()["GPU"]
         self.engine = ray.get(self.pool.engine.remote(str(context.get_actor_id()), context.get_node_id(), gpu, lost))
-        assert ray.get(self.engine.ping.remote(), timeout=60)
+        assert ray.get(self.engine.ping.remote(), timeout=300)
         return context.get_node_id(), self.engine._actor_id.hex()
 
 
@@ -54,7 +54,7 @@ def cluster() -> Iterator[Cluster]:
 def engines(proxies: list[Any]) -> dict[str, set[str]]:
     """The engines by node, from proxies that have reached theirs."""
     found: dict[str, set[str]] = {}
-    for node, engine in ray.get([proxy.found.remote() for proxy in proxies], timeout=120):
+    for node, engine in ray.get([proxy.found.remote() for proxy in proxies], timeout=400):
         found.setdefault(node, set()).add(engine)
     return found
 
