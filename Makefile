@@ -6,7 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 BIN = .venv/bin
-# --no-compile: Python compiles the few modules that are used, when they are used.
+# --no-compile: Python compiles the few modules that are used, when they are used, and keeps what it compiled. Where it is told not to keep
+# it, as in many container images, every process compiles torch, Ray and MLflow anew, which takes longer than all else that it does to start.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 
 # Two processes: the slow tests wait for other processes more than they compute. tests/conftest.py says which tests share one.

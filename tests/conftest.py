@@ -23,6 +23,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 """The project's folder."""
 
+# Before anybody imports torch: the processes of the tests share the cores, and small tensors are slower on several threads, much slower there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings that MLflow's own code raises when it first touches a SQLite store; ours are errors."""
