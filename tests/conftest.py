@@ -40,8 +40,8 @@ SLOW = ("quickstart", "test_driver.py", "test_actor.py", "test_conformance.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow groups come first."""
-    items.sort(key=lambda item: group(item.nodeid) not in SLOW)
+    """Slow groups come first, then files that may start Ray."""
+    items.sort(key=lambda item: (group(item.nodeid) not in SLOW, not item.nodeid.startswith("tests/tuning/")))
 
 
 @pytest.hookimpl(optionalhook=True)

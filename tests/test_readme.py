@@ -90,6 +90,7 @@ def test_every_command_runs(folder: Path, environment: dict[str, str], monkeypat
     assert (folder / "best.json").exists() and (folder / "study.schema.json").exists()
 
 
+@pytest.mark.long
 def test_the_ui_starts_and_ends_with_ctrl_c(folder: Path, environment: dict[str, str]) -> None:
     assert UI in commands()
     with socket.socket() as probe:

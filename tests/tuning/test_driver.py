@@ -154,11 +154,11 @@ def test_claims_are_tested_at_the_end_and_later_ones_on_the_same_trials(home: Pa
     slope = {"says": "It grows.", "slope": {"y": "final/val/error", "x": "optimizer.lr"}, "expect": {"above": 0}}
     paired = {"metric": "final/val/error", "arm": "optimizer.gamma", "a": "all", "b": "none", "paired_by": "seed"}
     claims = [{"id": "first", **slope}, {"id": "untestable", "says": "It helps.", "contrast": paired, "expect": {"below": 0}}]
-    result = run(spec("claims", trials=6, claims=claims[:1]), home=home)
+    result = run(spec("claims", trials=6, claims=claims[:1], **SERIAL), home=home)
     assert set(result.trials["equilibrated"]) <= {False, True}
     parent, children, client = mlflow_runs(home, "claims")
     assert parent.data.tags["study.claim.first"] == "inconclusive"
-    again = run(spec("claims", trials=6, claims=[*claims, {"id": "later", **slope}]), home=home)
+    again = run(spec("claims", trials=6, claims=[*claims, {"id": "later", **slope}], **SERIAL), home=home)
     assert again.study_id == result.study_id and len(again.trials) == 6
     parent, after, client = mlflow_runs(home, "claims")
     assert (parent.info.status, len(after)) == ("FINISHED", len(children))
@@ -181,11 +181,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path)
 
 @pytest.fixture(scope="module")
 def in_two_parts(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> tuple[Path, StudyResult, StudyResult]:
-    """A study of two trials, and the same study given more of them."""
+    """A study of two trials, one after the other, and the same study given more of them, side by side."""
     home = prepared(tmp_path_factory.mktemp("in_two_parts") / "home", mlflow_database)
-    first = run(spec("cut", trial=LONG, trials=2), home=home)
+    first = run(spec("cut", trial=LONG, trials=2, **SERIAL), home=home)
     ledger = (home / "cut" / "outbox.sqlite").stat().st_mtime_ns
-    again = run(spec("cut", trial=LONG, trials=2), home=home)
+    again = run(spec("cut", trial=LONG, trials=2, **SERIAL), home=home)
     assert again.best == first.best and (home / "cut" / "outbox.sqlite").stat().st_mtime_ns == ledger
     return home, first, run(spec("cut", trial=LONG, trials=6), home=home)
 
