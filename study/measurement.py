@@ -112,6 +112,16 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """What one trial did in one interval (an epoch)."""
+
+    trial_id: str
+    measurement: Measurement
+    ending: Ending | None = None
+    """Set when the trial ended by itself: completed or diverged."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     """One trial as it is remembered: what it was, how it ended, what it measured last."""
 

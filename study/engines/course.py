@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from study.engines.engine import Progress, Snapshot
-from study.measurement import Ending, LayerSample, Measurement, Outcome, Reason, finite, layer_medians
+from study.engines.engine import Snapshot
+from study.measurement import Ending, LayerSample, Measurement, Outcome, Progress, Reason, finite, layer_medians
 from study.training.data import Data, augmented, batches, load_data
 from study.training.imported import user_function
 from study.training.losses import loss_function

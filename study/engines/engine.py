@@ -14,20 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from study.measurement import Ending, Measurement
+from study.measurement import Progress
 from study.trial import TrialSpec
 
 SNAPSHOT_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one trial did in one interval (an epoch)."""
-
-    trial_id: str
-    measurement: Measurement
-    ending: Ending | None = None
-    """Set when the trial ended by itself: completed or diverged."""
 
 
 @dataclass(frozen=True, slots=True)

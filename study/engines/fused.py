@@ -14,10 +14,11 @@ from torch import Tensor
 
 from study.engines.bank import WIDEST_STEP, Bank, Member, fusion_key
 from study.engines.course import Course, sub_seed
-from study.engines.engine import Progress, Snapshot
+from study.engines.engine import Snapshot
 from study.engines.interval import Interval
 from study.engines.slots import Slots
 from study.engines.solo import initial_model, on_one_thread
+from study.measurement import Progress
 from study.training.decay import absent_places, decay_plan
 from study.trial import TrialSpec
 

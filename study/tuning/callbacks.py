@@ -8,7 +8,8 @@ from ray.tune import Callback
 
 from study.measurement import Ending, Outcome
 from study.tracking.outbox import Outbox
-from study.tuning.trainables import MEASUREMENT, VALUE, ending_of, folder_of, snapshot_path
+from study.tuning.trainables import MEASUREMENT, VALUE, ending_of
+from study.tuning.trial_files import folder_of, snapshot_path
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial

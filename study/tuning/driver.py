@@ -164,7 +164,7 @@ def _search(
     """Runs every trial that is left, and settles the ones that the end of the search cut short."""
     from study.tuning.callbacks import settle
     from study.tuning.search import Search
-    from study.tuning.trainables import snapshot_path
+    from study.tuning.trial_files import snapshot_path
 
     outbox, search = Outbox(folder.path), Search(spec, folder.journal)
     for trial_id, (ending, value) in search.told().items():

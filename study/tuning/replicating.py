@@ -57,7 +57,7 @@ def _train(
     kind: Kind,
 ) -> None:
     from study.tuning.callbacks import settle
-    from study.tuning.trainables import snapshot_path
+    from study.tuning.trial_files import snapshot_path
 
     outbox = Outbox(folder.path)
     if plan(outbox.records()):

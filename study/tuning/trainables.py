@@ -10,22 +10,20 @@ Errors in the user's code end the trial as `failed` here, with their traceback; 
 import math
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
-from study.measurement import Ending, Outcome
+from study.measurement import Ending, Outcome, Progress
 from study.spec import ObjectiveSpec
 from study.trial import TrialSpec
 from study.tuning.stopping import EPOCH, OBJECTIVE, stalled
+from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from study.engines.engine import Progress
     from study.engines.solo import SoloEngine
 
 SNAPSHOT_SECONDS = 5.0
@@ -48,28 +46,6 @@ def ending_of(result: Mapping[str, Any] | None, error: bool = False) -> Ending:
     if error:
         return Ending(Outcome.FAILED, error="the worker process was lost, also when it was started again")
     return Ending(Outcome.STOPPED, "scheduler")
-
-
-def folder_of(study: Path, trial_id: str) -> Path:
-    """Where a trial's files lie."""
-    return study / "trials" / trial_id
-
-
-def snapshot_path(study: Path, trial_id: str) -> Path:
-    """Where a trial's latest snapshot lies while it runs."""
-    return folder_of(study, trial_id) / "snapshot.pt"
-
-
-def keep_weights(study: Path, trial_id: str, keep: str, weights: "Callable[[str], Mapping[str, Tensor]]") -> None:
-    """Writes the weights of a trial that completed, as `keep.weights` says: `best`, `all` or `none`."""
-    if keep == "none":
-        return
-    from safetensors.torch import save_file
-
-    own = folder_of(study, trial_id)
-    folder = own / "artifacts" if keep == "all" else own
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights(trial_id)), folder / "model.safetensors")
 
 
 class StudyTrainable(tune.Trainable):
@@ -101,11 +77,11 @@ class StudyTrainable(tune.Trainable):
             text = "".join(traceback.format_exception(error))
             return {ENDING: Ending(Outcome.FAILED, error=text), "done": True}
 
-    def _advance(self) -> "Progress":
+    def _advance(self) -> Progress:
         """Trains one epoch."""
         raise NotImplementedError
 
-    def _report(self, progress: "Progress") -> dict[str, Any]:
+    def _report(self, progress: Progress) -> dict[str, Any]:
         measurement, ending = progress.measurement, progress.ending
         if ending is not None and ending.outcome is Outcome.FAILED:
             return {ENDING: ending, "done": True}
@@ -135,7 +111,7 @@ class SoloTrainable(StudyTrainable):
         super().setup(config)
         self._engine: SoloEngine | None = None
 
-    def _advance(self) -> "Progress":
+    def _advance(self) -> Progress:
         if self._engine is None:
             self._engine = self._admitted()
             self._saved = time.monotonic()
@@ -194,7 +170,7 @@ class FusedTrainable(StudyTrainable):
             self._engine.release.remote(self._trial_id)
             self._is_away = True
 
-    def _advance(self) -> "Progress":
+    def _advance(self) -> Progress:
         for attempt in range(MOST_ENGINES):
             if self._engine is None or attempt:
                 self._engine = self._found(lost=bool(attempt))

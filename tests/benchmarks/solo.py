@@ -43,20 +43,21 @@ def _seconds(epoch: Epoch) -> float:
     return time.process_time() - start
 
 
-def bare_loop(trial: TrialSpec, every: int | None = None, *, compiled: bool = False) -> Epoch:
+def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool = False, compiled: bool = False) -> Epoch:
     """One epoch as anybody would write it, without divergence checks or a plan.
 
     Args:
         every: Steps between samples of its traces, if it is traced.
-        compiled: Make it as fast as one trial can be: channels-last, torch.compile, and one kernel for the update.
+        channels_last: Keep images and kernels channels-last, and update all parameters in one kernel.
+        compiled: Run the model through torch.compile.
     """
     data = load_data(trial.data)
     torch.manual_seed(0)
     model = build_model(trial.model, data.shape, data.num_classes)
     decay = trial.optimizer.weight_decay
-    if compiled:
+    if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=decay, fused=compiled or None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=decay, fused=channels_last or None)
     tracer = EffectiveLR(model, optimizer, every) if every else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     trained = torch.compile(model) if compiled else model

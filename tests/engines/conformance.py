@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from study.engines.engine import Engine, Progress, Snapshot
+from study.engines.engine import Engine, Snapshot
 from study.engines.fused import FusedEngine
 from study.engines.solo import SoloEngine
-from study.measurement import LayerSample, Outcome
+from study.measurement import LayerSample, Outcome, Progress
 from study.training import updates
 from study.training.models import build_model
 from study.training.roles import Role, parameter_roles

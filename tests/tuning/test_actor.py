@@ -16,12 +16,12 @@ import pytest
 import ray
 import torch
 
-from study.engines.engine import Progress, Snapshot
+from study.engines.engine import Snapshot
 from study.engines.fused import FusedEngine
 from study.engines.solo import SoloEngine
 from study.errors import Interrupted
 from study.home import StudyFolder
-from study.measurement import Ending, Measurement, Outcome
+from study.measurement import Ending, Measurement, Outcome, Progress
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
 from study.training.data import load_data
@@ -29,7 +29,7 @@ from study.trial import DataSpec, TrialSpec
 from study.tuning import actor
 from study.tuning.actor import EngineActor
 from study.tuning.driver import StudyResult, run
-from study.tuning.trainables import snapshot_path
+from study.tuning.trial_files import snapshot_path
 from tests.tuning.test_driver import all_agree, mlflow_runs, prepared, spec
 
 EPOCHS = 6
