@@ -86,7 +86,7 @@ class EngineActor:
         self._ticker: asyncio.Task[None] | None = None
         # Loading torch takes seconds: the actor answers meanwhile.
         self._started = self._thread.submit(_engine, slots, device, arithmetic)
-        self._ticks = self._trained = 0
+        self._ticks: list[int] = []
 
     async def ping(self) -> bool:
         """Whether it is alive."""
@@ -111,9 +111,9 @@ class EngineActor:
     def _engine(self) -> "FusedEngine":
         return self._started.result()
 
-    async def occupancy(self) -> tuple[int, int]:
-        """Ticks so far, and trial-epochs trained in them."""
-        return self._ticks, self._trained
+    async def occupancy(self) -> list[int]:
+        """Trials that every tick trained so far."""
+        return self._ticks
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -167,7 +167,7 @@ class EngineActor:
             settled = self._settled(progress)
             if _is_news(settled, asked[settled.trial_id]):
                 found[settled.trial_id] = settled
-        self._ticks, self._trained = self._ticks + 1, self._trained + len(present)
+        self._ticks.append(len(present))
         self._pace.tick = time.monotonic() - start
         return found
 
@@ -302,17 +302,18 @@ class Pool:
         """A proxy has ended."""
         self._proxies.pop(proxy, None)
 
-    def occupancy(self) -> list[tuple[int, int]]:
-        """Of every living engine: ticks so far, and trial-epochs trained in them."""
+    def occupancy(self) -> list[list[int]]:
+        """Of every living engine: the trials that each tick trained so far."""
         return ray.get([handle.occupancy.remote() for handle in self._engines.values()])
 
     def _started(self, node: str, name: str) -> Any:
         kind, _, number = name.partition(" ")
-        environment = {"OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": number} if kind == "gpu" else {})}
+        # One that asks for no environment of its own takes a process that Ray started beforehand.
+        environment = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": number}}} if kind == "gpu" else {}
         placed = ray.remote(EngineActor).options(
             num_cpus=0,
             max_concurrency=1000,
-            runtime_env={"env_vars": environment},
+            **environment,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
         return placed.remote(**self._settings)

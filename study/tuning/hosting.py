@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,11 +252,30 @@ def _ray(ray: Any) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {"env_vars": {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}}
-    address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "object_store_memory": 200_000_000}
-    ray.init(address=address or "local", runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **local)
+    environment = {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}
+    common = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, runtime_env={"env_vars": environment}, **common)
+    else:
+        # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
+        with _inherited(environment):
+            ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process, and so of those that it starts, while the block lasts."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -25,7 +25,7 @@ NETWORKS = {
 }
 """Name to trial, batch size, rows of the fused engine, and what its ratio to the solo engine is to be."""
 
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 5, 3
 SECONDS = 0.8
 """How long every kind trains in each round, at least."""
 

@@ -1,4 +1,5 @@
-"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result.
+"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result, and how full
+its fused engines were.
 
 python -m tests.benchmarks.our_tune FOLDER NETWORK ENGINE [--mlflow]
 """
@@ -7,7 +8,10 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from study.home import StudyFolder
 from study.spec import StudySpec
@@ -38,6 +42,7 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     """Runs the study, with its records in MLflow or in the ledger alone."""
     start = time.time()
     spec, home = spec_of(network, engine), Path(folder)
+    ticks = _counted_ticks()
     if mlflow:
         from study.tuning.driver import run
 
@@ -45,7 +50,36 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     else:
         _without_mlflow(spec, home)
     measured = [when for _, when in _measurements(StudyFolder.find(home, spec.name).path)]
-    print(json.dumps({"all": time.time() - start, "warm": time.time() - min(measured) / 1000}))
+    print(json.dumps({"all": time.time() - start, "warm": time.time() - min(measured) / 1000, "occupancy": _occupancy(ticks)}))
+
+
+def _counted_ticks() -> list[list[int]]:
+    """Will hold the trials in every tick of each fused engine, once the study has ended."""
+    import ray
+
+    from study.tuning import actor
+
+    found: list[list[int]] = []
+    original = actor.pool
+
+    @contextmanager
+    def counted(settings: dict[str, Any]) -> Iterator[str]:
+        with original(settings) as name:
+            yield name
+            found.extend(ray.get(ray.get_actor(name).occupancy.remote()))
+
+    actor.pool = counted
+    return found
+
+
+def _occupancy(ticks: list[list[int]]) -> float:
+    """Share of the rows that trained, from each engine's first full tick to its last: later, no trial is left to fill a row with."""
+    spans = []
+    for counts in filter(None, ticks):
+        full = [tick for tick, count in enumerate(counts) if count == max(counts)]
+        spans.append(counts[full[0] : full[-1] + 1])
+    rows = sum(len(span) * max(span) for span in spans)
+    return sum(map(sum, spans)) / rows if rows else 0.0
 
 
 def _without_mlflow(spec: StudySpec, home: Path) -> None:

@@ -37,7 +37,7 @@ def spec_of(trials: int, sampler: str = "random") -> StudySpec:
 
 def trivial_trainable() -> Any:
     """A trial whose only epoch is a formula."""
-    from study.engines.engine import Progress
+    from study.measurement import Progress
     from study.tuning.trainables import StudyTrainable
 
     class Trivial(StudyTrainable):

@@ -17,7 +17,7 @@ TRIALS = {
     "mlp, batch 64": {"model": {"name": "mlp", "width": 128}, "data": {"batch_size": 64}},
     "transformer, batch 64": {"model": {"name": "transformer", "width": 48}, "data": {"batch_size": 64}},
 }
-ROUNDS = 15
+ROUNDS, QUICK_ROUNDS = 15, 5
 Epoch = Callable[[], object]
 
 

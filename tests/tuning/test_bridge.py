@@ -17,9 +17,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from study.engines.engine import Progress
 from study.home import StudyFolder
-from study.measurement import Ending, Measurement, Outcome
+from study.measurement import Ending, Measurement, Outcome, Progress
 from study.space import Assignment
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
