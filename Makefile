@@ -46,6 +46,9 @@ bench: .venv/.installed ## Measure our overhead, as ratios
 services: ## Start an MLflow server on PostgreSQL, on loopback, with docker compose; needs POSTGRES_PASSWORD
 	@docker compose --file examples/services/compose.yaml up --detach --wait
 
+bench-gpu: .venv/.installed ## Measure fused trials on a GPU, where there is one
+	@$(BIN)/python -m tests.benchmarks.gpu
+
 clean: ## Remove what make installed and cached; studies stay
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -102,3 +102,11 @@ def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "study", "--help"], check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "validate" in done.stdout
+
+
+def test_the_processes_of_fused_trials_load_what_they_need() -> None:
+    """A study starts many of them; torch takes as long as all the rest of a proxy, and the pool needs nothing of Tune."""
+    loaded = "print(sorted({'torch', 'ray.tune', 'pandas', 'optuna', 'mlflow', 'sklearn'} & sys.modules.keys()))"
+    pool, proxy = python(f"import sys, study.tuning.actor; {loaded}; import study.tuning.trainables; {loaded}").splitlines()
+    assert pool == "[]"
+    assert proxy == "['pandas', 'ray.tune']"

@@ -1,8 +1,12 @@
 """Fused trials against solo ones, on all cores: a process on each core with one thread, what they train in the same time.
 
 Every process holds all kinds of a network, and all processes train the same kind at the same time, one kind after the other, round by
-round, so that they meet the same machine: the solo engine; what one trial can do at best by itself (channels-last, one kernel for the
-update, torch.compile; untraced, without any of our code); and the fused engine.
+round, so that they meet the same machine. Each has one thread, and is timed by its CPU time: on an idle machine that is the clock's.
+
+solo            the solo engine
+channels-last   a bare loop of one trial, channels-last, one kernel for the update; untraced, without any of our code
+compiled        the same through torch.compile; the better one of the two is the best that one trial can do by itself
+fused           the fused engine
 """
 
 import multiprocessing as mp
@@ -27,7 +31,7 @@ NETWORKS = {
 
 ROUNDS, QUICK_ROUNDS = 5, 3
 SECONDS = 0.8
-"""How long every kind trains in each round, at least."""
+"""CPU time that every process trains each kind in each round, at least."""
 
 BEST = ("channels-last", "compiled")
 KINDS = ("solo", *BEST, "fused")
@@ -36,7 +40,7 @@ Epoch = Callable[[], object]
 
 
 def measure() -> Iterator[tuple[str, list[float], str]]:
-    """Trial-epochs per second on all cores, fused over solo, round by round; then over the best of one trial by itself."""
+    """Trial-epochs per CPU second on all cores, fused over solo, round by round; then over the best of one trial by itself."""
     os.environ.update(WORKERS)  # read by the processes as they start
     team = [_Worker(core) for core in range(os.cpu_count() or 1)]
     for name, (sections, batch, rows, target) in NETWORKS.items():
@@ -92,7 +96,7 @@ class _Worker:
 
 
 def _work(channel: Connection, seed: int) -> None:
-    """Trains one kind for as long as a turn takes, and says how many trial-epochs per second that were; or takes another network."""
+    """Trains one kind for as long as a turn takes, and says how many trial-epochs per CPU second that were; or takes another network."""
     import torch
 
     torch.set_num_threads(1)
@@ -107,11 +111,11 @@ def _work(channel: Connection, seed: int) -> None:
                 epoch()
             channel.send("ready")
             continue
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < SECONDS:
+        start, done = time.process_time(), 0
+        while time.process_time() - start < SECONDS:
             epochs[task]()
             done += rows if task == "fused" else 1
-        channel.send(done / (time.perf_counter() - start))
+        channel.send(done / (time.process_time() - start))
 
 
 def _kinds(sections: dict[str, Any], rows: int) -> dict[str, Epoch]:

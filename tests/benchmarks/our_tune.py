@@ -1,5 +1,5 @@
-"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result, and how full
-its fused engines were.
+"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result, CPU seconds
+of all its processes, and how full its fused engines were.
 
 python -m tests.benchmarks.our_tune FOLDER NETWORK ENGINE [--mlflow]
 """
@@ -16,6 +16,7 @@ from typing import Any
 from study.home import StudyFolder
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
+from tests.benchmarks.processes import total, watched
 from tests.benchmarks.study_run import EPOCHS, GRACE, NETWORKS, REDUCTION, TRIALS
 
 
@@ -42,7 +43,7 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     """Runs the study, with its records in MLflow or in the ledger alone."""
     start = time.time()
     spec, home = spec_of(network, engine), Path(folder)
-    ticks = _counted_ticks()
+    ticks, processes = _counted_ticks(), watched()
     if mlflow:
         from study.tuning.driver import run
 
@@ -50,7 +51,8 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     else:
         _without_mlflow(spec, home)
     measured = [when for _, when in _measurements(StudyFolder.find(home, spec.name).path)]
-    print(json.dumps({"all": time.time() - start, "warm": time.time() - min(measured) / 1000, "occupancy": _occupancy(ticks)}))
+    times = {"all": time.time() - start, "warm": time.time() - min(measured) / 1000, "cpu": total(processes)}
+    print(json.dumps({**times, "occupancy": _occupancy(ticks)}))
 
 
 def _counted_ticks() -> list[list[int]]:

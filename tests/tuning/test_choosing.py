@@ -138,6 +138,12 @@ def test_slots_fit_the_trials_of_a_core(trials: int, slots: int, tmp_path: Path)
     assert choose(spec(trials=trials, resources={"engine": "fused"}), tmp_path).slots == slots
 
 
+@pytest.mark.parametrize(("epochs", "slots"), [(1, 3), (2, 4), (4, MOST_SLOTS)])
+def test_a_short_study_starts_fewer_processes(epochs: int, slots: int, tmp_path: Path) -> None:
+    """60, 120 and 240 CPU seconds of work; the processes of another slot on both cores take four."""
+    assert choose(spec(trial={"schedule": {"epochs": epochs}}, resources={"engine": "fused"}), tmp_path).slots == slots
+
+
 def test_slots_that_are_asked_for_are_given(tmp_path: Path, examiner: Examiner) -> None:
     for engine in ("auto", "fused"):
         assert choose(spec(resources={"engine": engine, "slots": 11}), tmp_path).slots == 11
