@@ -81,7 +81,9 @@ def _tried(spec: StudySpec, home: Path, asked_for: bool) -> Choice:
     except InputError:
         raise
     except Exception as error:  # of the user's code, which will raise it in the trials again, where its traceback is kept
-        return solo_engine(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
+        if not asked_for:
+            return solo_engine(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
+        work = 0.0
     slots = _slots(spec, work)
     if not asked_for and not _pays(work, slots, float("inf")):
         return solo_engine("the study is so short that starting more processes would take longer")
