@@ -15,6 +15,8 @@
     │   ├── ClusterError          the Ray cluster does not answer, or will not do what was asked
     │   └── TrackingUnavailable   the MLflow store does not answer
     ├── NotExpressible            a decay policy that a target cannot say       exit 2
+    ├── ClusterLost               the Ray cluster went away, resumable           exit 1
+    ├── AllFail                   the first trials all failed the same way      exit 1
     ├── NoResult                  the study ended without a usable result       exit 1
     └── Interrupted               stopped by the user, resumable                exit 130
 
@@ -156,6 +158,18 @@ class NotExpressible(StudyError):
 
     exit_code = 2
     kind = "not-expressible"
+
+
+class ClusterLost(StudyError):
+    """The Ray cluster that ran a study went away; the same command resumes it."""
+
+    kind = "cluster-lost"
+
+
+class AllFail(StudyError):
+    """The first trials of a study all failed the same way; running ones were interrupted."""
+
+    kind = "all-fail"
 
 
 class NoResult(StudyError):

@@ -14,7 +14,7 @@ from enum import StrEnum
 from statistics import median
 from typing import Any, Literal
 
-Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded"]
+Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded", "user-code", "out-of-memory", "worker-lost"]
 
 
 class Outcome(StrEnum):

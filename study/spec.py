@@ -132,6 +132,8 @@ class BudgetSpec(Frozen):
     """The study ends with the first completed trial whose value is this good."""
     no_improvement: Count | None = None
     """The study ends when so many trials in a row have ended without a new best one."""
+    same_failures: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 3
+    """The study is stopped when the first so many trials of a start all fail the same way: the others would, too. 0 never stops it."""
 
 
 class ResourcesSpec(Frozen):
@@ -147,6 +149,8 @@ class ResourcesSpec(Frozen):
     """How many trials one fused engine trains at once; the solo engine has one slot."""
     gpus_per_engine: Literal["auto"] = "auto"
     """How much of a GPU one engine takes; the solo engine takes `gpus_per_trial`."""
+    max_failures: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 3
+    """How often in a row, without a new epoch in between, a trial may lose its process or node; each time it goes on from its latest snapshot."""
 
 
 class KeepSpec(Frozen):

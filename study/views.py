@@ -123,10 +123,16 @@ def study_view(document: Document) -> RenderableType:
     """A study in full: what `study status` shows."""
     seconds = document["budget"]["trial_seconds"]
     head = Text.assemble((document["name"], "bold"), f" ({document['study_id']}): {document['state']}, ", outcomes(document["trials"]))
-    trained = f"{clock(seconds)} of training in all trials together"
-    spent = budget_line(document["budget"])
     compared = [comparison_view(document["comparison"])] if document["comparison"] else []
-    return Group(head, arms_table(document), *compared, Text(best_line(document)), Text(f"{trained}\n{spent}" if spent else trained))
+    lines = [best_line(document), f"{clock(seconds)} of training in all trials together", budget_line(document["budget"]), *_store_lines(document)]
+    return Group(head, arms_table(document), *compared, *(Text(line) for line in lines if line))
+
+
+def _store_lines(document: Document) -> list[str]:
+    """What MLflow has not heard yet; nothing where it has heard all."""
+    waiting = f"{document['undelivered']} events wait for MLflow" if document["undelivered"] else ""
+    silent = f"the MLflow store is {document['store']}" if document["store"] != "ok" else ""
+    return ["; ".join(filter(None, (waiting, silent)))] if waiting or silent else []
 
 
 def comparison_view(document: Document) -> RenderableType:

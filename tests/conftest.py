@@ -141,7 +141,7 @@ def serving(store: str, folder: Path, *options: str) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        while not _answers(address):
+        while not answers(address):
             try:
                 server.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
@@ -153,7 +153,8 @@ def serving(store: str, folder: Path, *options: str) -> Iterator[str]:
         server.wait()
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether an MLflow server answers there."""
     try:
         with urllib.request.urlopen(f"http://{address}/health", timeout=5):
             return True

@@ -191,6 +191,12 @@ def initial_model(trial: TrialSpec, course: Course, device: torch.device) -> nn.
     return model.to(device, course.dtype)
 
 
+def give_back_memory() -> None:
+    """Lets go of memory that torch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _cuda(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 

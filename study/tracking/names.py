@@ -34,7 +34,7 @@ STATUS = {
 }
 """MLflow's word for each outcome."""
 
-ENDING_TAGS = ("study.outcome", "study.stop_reason", "study.divergence", "study.value")
+ENDING_TAGS = ("study.outcome", "study.stop_reason", "study.divergence", "study.failure", "study.value")
 """What a run says of its end, and no longer says once it is reopened."""
 
 PLANNED = "study.trials"
@@ -84,6 +84,8 @@ def ending_tags(ending: Ending, value: float | None, measurements: Sequence[Meas
         tags["study.stop_reason"] = ending.reason
     elif ending.outcome is Outcome.DIVERGED:
         tags["study.divergence"] = ending.reason
+    elif ending.outcome is Outcome.FAILED and ending.reason:
+        tags["study.failure"] = ending.reason
     if value is not None:
         tags["study.value"] = repr(value)
     return tags

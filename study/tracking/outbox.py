@@ -53,6 +53,7 @@ CREATE TABLE IF NOT EXISTS events (
 );
 CREATE UNIQUE INDEX IF NOT EXISTS measured_once ON events (trial_id, kind, step);
 CREATE INDEX IF NOT EXISTS undelivered ON events (number) WHERE delivered = 0;
+CREATE TABLE IF NOT EXISTS silence (since INTEGER NOT NULL, reason TEXT NOT NULL);
 """
 
 _EVENT = "number, trial_id, kind, time, step, epoch, seconds, body, samples"
@@ -152,14 +153,13 @@ class Outbox:
     def measure(self, trial_id: str, measurement: Measurement) -> None:
         """A running trial was measured. The first measurement at a step counts; repeated ones, and those after the end, are ignored."""
         samples = json.dumps([_of_sample(sample) for sample in measurement.samples])
-        self._db.execute(
-            "INSERT OR IGNORE INTO events (trial_id, kind, time, step, epoch, seconds, body, samples)"
-            " SELECT ?, 'measure', ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM trials WHERE trial_id = ? AND outcome = ?)",
-            (
-                *(trial_id, _now(), measurement.step, measurement.epoch, measurement.seconds, json.dumps(finite(measurement.values)), samples),
-                *(trial_id, RUNNING),
-            ),
-        )
+        row = trial_id, _now(), measurement.step, measurement.epoch, measurement.seconds, json.dumps(finite(measurement.values)), samples
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO events (trial_id, kind, time, step, epoch, seconds, body, samples)"
+                " SELECT ?, 'measure', ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM trials WHERE trial_id = ? AND outcome = ?)",
+                (*row, trial_id, RUNNING),
+            )
 
     def end(self, trial_id: str, ending: Ending, value: float | None) -> None:
         """A running trial ends. A trial ends once: later endings are ignored, until it is started again.
@@ -250,11 +250,26 @@ class Outbox:
 
     def remember_run(self, trial_id: str, run_id: str) -> None:
         """The MLflow run of a trial."""
-        self._db.execute("UPDATE trials SET run_id = ? WHERE trial_id = ?", (run_id, trial_id))
+        with self._transaction() as db:
+            db.execute("UPDATE trials SET run_id = ? WHERE trial_id = ?", (run_id, trial_id))
 
     def remember_metrics(self, trial_id: str, metrics: Mapping[str, float]) -> None:
         """All that the MLflow run of an ended trial holds."""
-        self._db.execute("UPDATE trials SET metrics = ? WHERE trial_id = ? AND outcome != ?", (json.dumps(dict(metrics)), trial_id, RUNNING))
+        with self._transaction() as db:
+            db.execute("UPDATE trials SET metrics = ? WHERE trial_id = ? AND outcome != ?", (json.dumps(dict(metrics)), trial_id, RUNNING))
+
+    def note_silence(self, reason: str = "") -> None:
+        """The MLflow store does not answer, for this reason; it answers again, without one. The first note of a silence keeps its time."""
+        with self._transaction() as db:
+            if not reason:
+                db.execute("DELETE FROM silence")
+            elif db.execute("SELECT 1 FROM silence").fetchone() is None:
+                db.execute("INSERT INTO silence VALUES (?, ?)", (_now(), reason))
+
+    def silence(self) -> tuple[int, str] | None:
+        """Since when the MLflow store has not answered, in milliseconds since 1970, and why; None where it answered the last time."""
+        row = self._db.execute("SELECT since, reason FROM silence").fetchone()
+        return (row["since"], row["reason"]) if row else None
 
     def progress(self) -> dict[str, Any]:
         """How many trials are in which state: `{"completed": 7, ..., "running": 2, "arms": {arm: the same}, "replicates": the same}`.
@@ -295,14 +310,24 @@ class Outbox:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that the block writes, or nothing.
+
+        Raises:
+            HomeError: if the disk is full, or may not be written any more.
+        """
         db = self._db
-        db.execute("BEGIN IMMEDIATE")
         try:
-            yield db
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite itself gives up some that meet a full disk
+                    db.execute("ROLLBACK")
+                raise
+        except sqlite3.OperationalError as error:
+            where, remedy = str(self.folder / FILE), "free some space there, then start the study again: nothing that was measured before is lost"
+            raise HomeError(f"the study's ledger cannot be written ({error})", where=where, remedy=remedy) from error
 
 
 def _open(folder: Path) -> sqlite3.Connection:

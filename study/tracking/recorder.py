@@ -12,15 +12,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from study.errors import NotFound, TrackingUnavailable
+from study.errors import HomeError, NotFound, TrackingUnavailable
 from study.measurement import finite
 from study.spec import StudySpec
 from study.tracking.delivery import Delivery
-from study.tracking.names import MOST_PARAM, MOST_TAG, PLANNED, StudyIdentity, params_of, shortened
+from study.tracking.names import MOST_PARAM, MOST_TAG, PLANNED, StudyIdentity, masked, params_of, shortened
 from study.tracking.outbox import Event, Outbox
 from study.tracking.store import Refused, Store, connect
 from study.tracking.summaries import Point
@@ -83,6 +84,7 @@ class Recorder:
             self._thread.join()
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._failures, self._silence = {}, None
+        self.outbox.note_silence()
         self._thread = threading.Thread(target=self._drain, args=(self._delivery,), name="recorder", daemon=True)
         self._thread.start()
 
@@ -150,19 +152,27 @@ class Recorder:
             try:
                 idle = not self._round(delivery)
             except Exception as error:
-                self._silence = error
+                self._hear(error)
                 silent_since = (silent_since or time.monotonic()) if closing else 0.0
                 if closing and time.monotonic() - silent_since > PATIENCE:
                     break
                 self._abandoned.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
-            self._silence, pause, silent_since = None, FIRST_PAUSE, 0.0
+            self._hear(None)
+            pause, silent_since = FIRST_PAUSE, 0.0
             if idle and closing:
                 break
             if idle:
                 self._closing.wait(POLL)
         self.outbox.close()
+
+    def _hear(self, silence: Exception | None) -> None:
+        """Keeps why the store is silent, or that it is not; where that changes the ledger is told, for those who look at the study."""
+        if (silence is None) != (self._silence is None):
+            with suppress(HomeError):  # a full disk, which whoever writes measurements reports
+                self.outbox.note_silence(masked(" ".join(str(silence).split())) if silence else "")
+        self._silence = silence
 
     def _round(self, delivery: Delivery) -> bool:
         """Delivers the oldest events, trial by trial; False if there were none."""

@@ -12,8 +12,8 @@ Snapshots of the trials are written before ticks. When an actor dies its trials 
 
 import asyncio
 import json
+import sys
 import time
-import traceback
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from study.measurement import Ending, Measurement, Outcome, Progress
+from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
+from study.tuning.failures import failed, kind
 from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class EngineActor:
         self._leaving: set[str] = set()
         self._last: dict[str, Progress] = {}
         self._expected = 0
+        self._together = sys.maxsize
         self._news = asyncio.Event()
         self._pace = _Pace()
         self._ticker: asyncio.Task[None] | None = None
@@ -162,7 +164,7 @@ class EngineActor:
         found = self._admitted(asked)
         # Asked for again by a new proxy, whose predecessor died before it could tell.
         found |= {trial_id: last for trial_id, last in self._last.items() if trial_id in asked and _is_news(last, asked[trial_id])}
-        present = [trial_id for trial_id in asked if trial_id in self._engine and trial_id not in found]
+        present = [trial_id for trial_id in asked if trial_id in self._engine and trial_id not in found][: self._together]
         for progress in self._advanced(present, asked):
             settled = self._settled(progress)
             if _is_news(settled, asked[settled.trial_id]):
@@ -183,10 +185,15 @@ class EngineActor:
         return found
 
     def _advanced(self, present: list[str], asked: dict[str, _Asked]) -> list[Progress]:
-        """One epoch of trials together; where that raises, of each by itself, so that only those fail whose own code it was."""
+        """One epoch of trials together; where that raises, of each by itself, so that only those fail whose own code it was.
+
+        Where it was memory that ran out, half as many are trained together from now on.
+        """
         try:
             return self._engine.advance(present)
-        except Exception:
+        except Exception as error:
+            if kind(error) == "out-of-memory":
+                self._together = max(1, len(present) // 2)
             return [self._alone(trial_id, asked[trial_id]) for trial_id in present]
 
     def _alone(self, trial_id: str, asked: _Asked) -> Progress:
@@ -255,8 +262,7 @@ def _engine(slots: int, device: str, arithmetic: str) -> "FusedEngine":
 
 
 def _failed(trial_id: str, error: Exception) -> Progress:
-    text = "".join(traceback.format_exception(error))
-    return Progress(trial_id, Measurement(0, 0, {}), Ending(Outcome.FAILED, error=text))
+    return Progress(trial_id, Measurement(0, 0, {}), failed(error))
 
 
 class Pool:
@@ -335,7 +341,9 @@ def pool(settings: dict[str, Any]) -> Iterator[str]:
     """
     name = f"engines-{uuid.uuid4().hex}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    handle: Any = ray.remote(Pool).options(name=name, num_cpus=0, scheduling_strategy=here).remote(settings)
+    # A pool that dies takes its engines along; one that is started again makes new ones, and the trials go on from their snapshots.
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    handle: Any = ray.remote(Pool).options(name=name, scheduling_strategy=here, **lasting).remote(settings)
     try:
         ray.get(handle.wait.remote())
         yield name

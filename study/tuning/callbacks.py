@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 from ray.tune import Callback
 
 from study.measurement import Ending, Outcome
+from study.spec import ObjectiveSpec
 from study.tracking.outbox import Outbox
-from study.tuning.trainables import MEASUREMENT, VALUE, ending_of
+from study.tuning.failures import FirstFailures
+from study.tuning.stopping import History
+from study.tuning.trainables import MEASUREMENT, ending_of
 from study.tuning.trial_files import folder_of, snapshot_path
 
 if TYPE_CHECKING:
@@ -18,8 +21,15 @@ if TYPE_CHECKING:
 class LedgerCallback(Callback):
     """Writes what Tune's trials start, measure and end into the study's ledger."""
 
-    def __init__(self, outbox: Outbox, folder: Path) -> None:
-        self._outbox, self._folder = outbox, folder
+    def __init__(self, outbox: Outbox, folder: Path, objective: ObjectiveSpec, failures: FirstFailures, max_failures: int = 3) -> None:
+        """Writes into a ledger.
+
+        Args:
+            failures: Is told how each trial ended.
+            max_failures: How often in a row a trial may lose its process without getting any further.
+        """
+        self._outbox, self._folder, self._objective = outbox, folder, objective
+        self._failures, self._max_failures = failures, max_failures
 
     def on_trial_start(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial was given a process, for the first time or again."""
@@ -32,15 +42,38 @@ class LedgerCallback(Callback):
         measurement = result.pop(MEASUREMENT, None)
         if measurement is not None:
             self._outbox.measure(trial.config["trial_id"], measurement)
+        # Whoever gets further has all its attempts again: on machines that die a long trial outlives many of them.
+        trial.max_failures = trial.num_failures + self._max_failures
+
+    def on_trial_recover(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
+        """A trial gets another process, which has to know what the lost one had measured."""
+        history = [value for _, value in history_of(self._outbox, trial.config["trial_id"], self._objective)]
+        trial.config |= {"history": history, "epoch": len(history)}
 
     def on_trial_complete(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial ended, by itself or by a decision."""
-        result = trial.last_result or {}
-        settle(self._outbox, self._folder, trial.config["trial_id"], ending_of(result), result.get(VALUE))
+        self._settle(trial, ending_of(trial.last_result))
 
     def on_trial_error(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
-        """A trial's process was lost for good."""
-        settle(self._outbox, self._folder, trial.config["trial_id"], ending_of(None, error=True), None)
+        """A trial's process was lost for good, maybe before it ran."""
+        self.on_trial_start(iteration, trials, trial)
+        self._settle(trial, ending_of(None, error=True))
+
+    def _settle(self, trial: "Trial", ending: Ending) -> None:
+        trial_id = trial.config["trial_id"]
+        settle(self._outbox, self._folder, trial_id, ending, value_of(self._outbox, trial_id, self._objective))
+        self._failures.see(ending)
+
+
+def history_of(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> History:
+    """Epoch and objective of all that a trial measured."""
+    return [(seen.epoch, seen.values[objective.metric]) for seen in outbox.history(trial_id) if objective.metric in seen.values]
+
+
+def value_of(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> float | None:
+    """A trial's value by what the ledger knows, whichever processes measured it; None without a measurement."""
+    history = [value for _, value in history_of(outbox, trial_id, objective)]
+    return objective.value(history) if history else None
 
 
 def settle(outbox: Outbox, folder: Path, trial_id: str, ending: Ending, value: float | None) -> None:

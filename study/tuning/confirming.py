@@ -3,6 +3,7 @@
 best by replicates, else by the search ─> c1, c2, ... of each ─> ranked by their means ─> best.yaml
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,12 @@ def confirm(name: str, seeds: int, *, home: str | Path | None = None, tracking_u
         if folder.card().state == "finished" and not confirmations(spec, Outbox(folder.path).records(), seeds):
             return read(folder, spec, store)
         plain = solo_engine("a best trial is confirmed by the plain engine")
-        return recorded(spec, folder, store, choose(spec, base), watch, lambda interrupt: train_confirmations(spec, folder, plain, interrupt, seeds))
+
+        def work(interrupt: threading.Event) -> str:
+            train_confirmations(spec, folder, plain, interrupt, seeds)
+            return ""
+
+        return recorded(spec, folder, store, choose(spec, base), watch, work)
 
 
 def _finished(name: str, home: str | Path | None) -> StudyFolder:

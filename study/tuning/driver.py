@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from study.errors import Interrupted, TrackingUnavailable
+from study.errors import AllFail, Interrupted, StudyError, TrackingUnavailable
 from study.home import State, StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult
@@ -32,7 +32,7 @@ from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec, flatten
 from study.tuning.choosing import Choice, choose
-from study.tuning.hosting import history_of, one_ray, tune_study
+from study.tuning.hosting import one_ray, tune_study
 from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
 from study.tuning.replicating import train_replicates
@@ -97,12 +97,13 @@ def run(
         choice = choose(spec, base)
         log.warning("engine: %s, as %s", choice.engine, choice.why)
 
-        def work(interrupt: threading.Event) -> None:
+        def work(interrupt: threading.Event) -> str:
             began = time.monotonic()
             with one_ray() if spec.replicate.top else nullcontext():
-                _search(spec, folder, choice, interrupt, wishes, earlier)
-                if spec.replicate.top and not interrupt.is_set():
+                alike = _search(spec, folder, choice, interrupt, wishes, earlier)
+                if spec.replicate.top and not interrupt.is_set() and not alike:
                     train_replicates(spec, folder, choice, interrupt, began)
+            return alike
 
         return recorded(spec, folder, store, choice, watch, work)
 
@@ -114,15 +115,19 @@ def _is_complete(spec: StudySpec, folder: StudyFolder) -> bool:
 
 
 def recorded(
-    spec: StudySpec, folder: StudyFolder, store: str, choice: Choice, watch: Watch | None, work: Callable[[threading.Event], None]
+    spec: StudySpec, folder: StudyFolder, store: str, choice: Choice, watch: Watch | None, work: Callable[[threading.Event], str]
 ) -> StudyResult:
-    """Does the work of a start while MLflow hears of it, and writes down what came out."""
+    """Does the work of a start while MLflow hears of it, and writes down what came out.
+
+    Args:
+        work: Returns what the first trials all failed with; empty where they did not.
+    """
     recorder = Recorder(folder.path, store, spec, folder.card().study_id, engine=choice.engine)
     folder.update(run_id=recorder.open(), state="running", tracking_uri=masked(store))
     with _interruptible() as interrupt, _recording(recorder) as undelivered, (watch or _unwatched)(folder, interrupt):
-        work(interrupt)
-    if interrupt.is_set():
-        raise _interrupted(spec, folder, recorder)
+        alike = work(interrupt)
+    if interrupt.is_set() or alike:
+        raise _ended_early(spec, folder, recorder, alike, undelivered)
     result, artifacts = _conclude(spec, folder)
     if undelivered:
         raise undelivered[0]
@@ -160,39 +165,40 @@ def _search(
     interrupt: threading.Event,
     wishes: Sequence[tuple[Assignment, Assignment]],
     earlier: Sequence[Earlier],
-) -> None:
-    """Runs every trial that is left, and settles the ones that the end of the search cut short."""
-    from study.tuning.callbacks import settle
-    from study.tuning.search import Search
-    from study.tuning.trial_files import snapshot_path
+) -> str:
+    """Runs every trial that is left, and settles the ones that the end of the search cut short.
 
-    outbox, search = Outbox(folder.path), Search(spec, folder.journal)
-    for trial_id, (ending, value) in search.told().items():
-        if trial_id in outbox.orphans():
-            settle(outbox, folder.path, trial_id, ending, value)
+    Returns:
+        What the first trials all failed with; empty where they did not.
+    """
+    from study.tuning.callbacks import history_of, settle, value_of
+    from study.tuning.reconcile import reconcile, repair, sweep
+    from study.tuning.search import Search
+
+    repair(folder.journal)
+    outbox, search, alike = Outbox(folder.path), Search(spec, folder.journal), ""
+    reconcile(search, outbox, folder.path)
     for point, arm in wishes:
         search.enqueue(point, arm)
     if said := warm_start(search, earlier):
         log.warning(said)
     left = [(proposal, history_of(outbox, proposal.trial_id, spec.objective)) for proposal in search.running()]
     if left or search.unasked:
-        reached = tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
+        reached, alike = tune_study(spec, folder.path, search, outbox, left, interrupt, choice)
         if reached and not interrupt.is_set():
             log.warning("the study ended by its budget: %s", reached)
-    if (done := search.exhausted) and not interrupt.is_set():
+    goes_on = interrupt.is_set() or bool(alike)
+    if (done := search.exhausted) and not goes_on:
         log.warning("the search ended early: every combination of %s has been tried", "; ".join(done))
-    cut_short = Ending(Outcome.INTERRUPTED) if interrupt.is_set() else Ending(Outcome.STOPPED, "budget")
+    cut_short = Ending(Outcome.INTERRUPTED) if goes_on else Ending(Outcome.STOPPED, "budget")
     for proposal in search.running():
-        history = [objective for _, objective in history_of(outbox, proposal.trial_id, spec.objective)]
-        value = spec.objective.value(history) if history else None
-        if not interrupt.is_set():
+        value = value_of(outbox, proposal.trial_id, spec.objective)
+        if not goes_on:
             outbox.start(proposal.trial_id, arm=proposal.arm, trial=proposal.trial.canonical())
             search.tell(proposal.trial_id, cut_short, value)
         settle(outbox, folder.path, proposal.trial_id, cut_short, value)
-    for record in outbox.records():
-        # An engine may write a trial's snapshot once more before it hears that the trial was stopped.
-        if record.outcome is not Outcome.INTERRUPTED:
-            snapshot_path(folder.path, record.trial_id).unlink(missing_ok=True)
+    sweep(outbox, folder.path)
+    return alike
 
 
 @contextmanager
@@ -218,14 +224,22 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(name, handler)
 
 
-def _interrupted(spec: StudySpec, folder: StudyFolder, recorder: Recorder) -> Interrupted:
-    folder.update(state="interrupted")
-    recorder.finish("interrupted", [folder.spec])
-    ended = [record for record in Outbox(folder.path).records() if record.outcome is not Outcome.INTERRUPTED]
+def _ended_early(spec: StudySpec, folder: StudyFolder, recorder: Recorder, alike: str, undelivered: list[TrackingUnavailable]) -> StudyError:
+    """Closes a study that the user interrupted, or whose first trials all failed alike; the error that says so."""
+    folder.update(state="failed" if alike else "interrupted")
+    if not undelivered:  # else the run of the study stays open until the next start brings the rest
+        recorder.finish("failed" if alike else "interrupted", [folder.spec])
+    records = Outbox(folder.path).records()
+    if alike:
+        failed = [record.trial_id for record in records if record.outcome is Outcome.FAILED]
+        remedy = f"see {folder.path / 'trials' / failed[-1] / 'artifacts' / 'traceback.txt'}; the same command goes on with the other trials"
+        return AllFail(f"the first {spec.budget.same_failures} trials all failed alike ({alike})", where=spec.name, remedy=remedy)
+    ended = [record for record in records if record.outcome is not Outcome.INTERRUPTED]
     replicates = len([record for record in ended if record.replicate_of])
     also = f" and {replicates} replicates" if replicates else ""
+    waiting = f"; {undelivered[0].problems[0].message}" if undelivered else ""
     return Interrupted(
-        f"the study was interrupted after {len(ended) - replicates} of {spec.search.trials} trials{also}",
+        f"the study was interrupted after {len(ended) - replicates} of {spec.search.trials} trials{also}{waiting}",
         where=spec.name,
         remedy="the same command continues it",
     )

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
 from study.errors import InputError
-from study.spec import ObjectiveSpec, StudySpec
+from study.spec import ResourcesSpec, StudySpec
 from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
 from study.tuning.choosing import Choice
 from study.tuning.status import meter_of
 
 if TYPE_CHECKING:
+    from study.tuning.failures import FirstFailures
     from study.tuning.handing import Plan
     from study.tuning.search import Proposal, Search
     from study.tuning.stopping import History
@@ -36,8 +37,9 @@ WORKERS = {
 """Environment of the processes that train."""
 
 
-def history_of(outbox: Outbox, trial_id: str, objective: ObjectiveSpec) -> "History":
-    return [(seen.epoch, seen.values[objective.metric]) for seen in outbox.history(trial_id) if objective.metric in seen.values]
+def device_of(resources: ResourcesSpec) -> str:
+    """Where a trial's tensors lie."""
+    return "cuda" if resources.gpus_per_trial else "cpu"
 
 
 def tune_study(
@@ -48,12 +50,13 @@ def tune_study(
     left: list[tuple["Proposal", "History"]],
     interrupt: threading.Event,
     choice: Choice,
-) -> str:
-    """Lets Ray Tune run the trials of a search until none is left, the budget is spent or `interrupt` is set.
+) -> tuple[str, str]:
+    """Lets Ray Tune run the trials of a search until none is left, the budget is spent, `interrupt` is set or all fail alike.
 
     Returns:
-        The limit that ended the study, as `Meter.reached` names it; empty where none did.
+        The limit that ended the study, as `Meter.reached` names it, and what the first trials all failed with; empty where there is none.
     """
+    from study.tuning.callbacks import history_of
     from study.tuning.searcher import JournalSearcher
     from study.tuning.stopping import Past, stopping
 
@@ -80,6 +83,7 @@ def tune_replicates(spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan",
     Args:
         samples: More of them are never wanted.
     """
+    from study.tuning.callbacks import history_of
     from study.tuning.handing import ReplicateSearcher
 
     def tags(trial: TrialSpec) -> dict[str, str]:
@@ -103,7 +107,7 @@ def tune_trials(
     meter: Meter,
     *,
     samples: int,
-) -> str:
+) -> tuple[str, str]:
     """Lets Ray Tune run what a searcher proposes.
 
     Args:
@@ -113,16 +117,18 @@ def tune_trials(
         samples: How many the searcher may propose.
 
     Returns:
-        The limit that ended it; empty where none did.
+        The limit that ended it, as `Meter.reached` names it, and what the first trials all failed with; empty where there is none.
     """
     quiet_hosts()
     import ray
     from ray import tune
 
     from study.tuning.callbacks import LedgerCallback
+    from study.tuning.failures import FirstFailures, named
 
-    settings, stopper = settings_of(spec, folder), _stopper(meter, interrupt)
-    with _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
+    settings, failures = settings_of(spec, folder), FirstFailures(spec.budget.same_failures)
+    stopper, lives = _stopper(meter, interrupt, failures), spec.resources.max_failures
+    with named(str(folder)), _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
         tune.run(
             trainable,
             name="ray",
@@ -130,17 +136,17 @@ def tune_trials(
             search_alg=searcher(settings),
             scheduler=scheduler,
             stop=stopper,
-            callbacks=[LedgerCallback(outbox, folder)],
+            callbacks=[LedgerCallback(outbox, folder, spec.objective, failures, lives)],
             num_samples=samples,
             resources_per_trial=share,
             reuse_actors=True,
-            max_failures=2,
+            max_failures=lives,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             trial_dirname_creator=lambda trial: str(trial.trial_id),
             raise_on_failed_trial=False,
             verbose=0,
         )
-    return str(stopper.reached)
+    return str(stopper.reached), failures.alike
 
 
 def settings_of(spec: StudySpec, folder: Path) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def settings_of(spec: StudySpec, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder.resolve()),
         "objective": spec.objective.model_dump_json(),
-        "device": "cuda" if spec.resources.gpus_per_trial else "cpu",
+        "device": device_of(spec.resources),
         "keep_weights": spec.keep.weights,
         "patience": spec.stopping.patience,
         "grace": spec.stopping.grace,
@@ -194,13 +200,13 @@ def _longest(spec: StudySpec) -> int:
     return spec.trial.schedule.epochs if axis is None else int(max(value for value in axis.endpoints() if isinstance(value, int | float)))
 
 
-def _stopper(meter: Meter, interrupt: threading.Event) -> Any:
+def _stopper(meter: Meter, interrupt: threading.Event, failures: "FirstFailures") -> Any:
     from ray.tune import Stopper
 
     from study.tuning.trainables import SECONDS
 
     class StudyStopper(Stopper):
-        """Ends the whole study at Ctrl-C and when its budget is spent."""
+        """Ends the whole study at Ctrl-C, when its budget is spent, and when its first trials all failed the same way."""
 
         def __init__(self) -> None:
             self.started = time.monotonic()
@@ -212,7 +218,7 @@ def _stopper(meter: Meter, interrupt: threading.Event) -> Any:
 
         def stop_all(self) -> bool:
             self.reached = self.reached or meter.reached(time.monotonic() - self.started)
-            return interrupt.is_set() or bool(self.reached)
+            return interrupt.is_set() or bool(self.reached) or bool(failures.alike)
 
         def __reduce__(self) -> tuple[object, ...]:
             return (dict, ())  # Tune pickles the stopper beside its own state, which nobody reads
@@ -248,7 +254,10 @@ def one_ray() -> Iterator[None]:
 
 @contextmanager
 def _ray(ray: Any) -> Iterator[None]:
-    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone."""
+    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone.
+
+    Without an address, Ray would join a cluster that somebody started on this machine, and end with it (ray 2.60).
+    """
     if ray.is_initialized():
         yield
         return

@@ -44,7 +44,7 @@ def _left(spec: StudySpec, began: float) -> BudgetSpec | None:
         wall -= time.monotonic() - began
         if wall <= 0:
             return None
-    return spec.budget.model_copy(update={"wall": wall, "target": None, "no_improvement": None})
+    return spec.budget.model_copy(update={"wall": wall, "target": None, "no_improvement": None, "same_failures": 0})
 
 
 def _train(

@@ -1,6 +1,7 @@
 """Status: where a study stands, read from its folder alone, whether or not it runs."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
@@ -24,6 +25,7 @@ def status(folder: StudyFolder) -> dict[str, Any]:
     entries, ended = outbox.entries(), outbox.ended()
     records = [record_of(entry) for entry in entries if entry.state != RUNNING]
     shares = planned(spec)
+    undelivered, silence = outbox.progress()["undelivered"], outbox.silence()
     outbox.close()
     searched = [entry for entry in entries if not entry.replicate_of]
     arms = {}
@@ -38,6 +40,8 @@ def status(folder: StudyFolder) -> dict[str, Any]:
         "arms": arms,
         "best": _best(records, spec),
         **_replicates(entries, records, spec),
+        "undelivered": undelivered,
+        "store": f"silent since {datetime.fromtimestamp(silence[0] / 1000, UTC).isoformat(timespec='seconds')}" if silence else "ok",
         "budget": meter_of(spec, entries, ended).document(card.wall()),
     }
 

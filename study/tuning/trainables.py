@@ -7,9 +7,9 @@
 Errors in the user's code end the trial as `failed` here, with their traceback; only a lost process is Tune's to handle.
 """
 
+import gc
 import math
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ray import tune
 from study.measurement import Ending, Outcome, Progress
 from study.spec import ObjectiveSpec
 from study.trial import TrialSpec
+from study.tuning.failures import failed, kind
 from study.tuning.stopping import EPOCH, OBJECTIVE, stalled
 from study.tuning.trial_files import keep_weights, snapshot_path
 
@@ -31,6 +32,9 @@ SNAPSHOT_SECONDS = 5.0
 
 MOST_ENGINES = 5
 """Engines that a trial tries for one epoch before it gives up."""
+
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.RaySystemError)
+"""What Ray raises when another process or node is gone: no fault of the trial."""
 
 ENDING, VALUE, STEP, MEASUREMENT, SECONDS = "ending", "value", "step", "measurement", "seconds"
 """Keys of a Tune result, beside those of `stopping`."""
@@ -44,7 +48,7 @@ def ending_of(result: Mapping[str, Any] | None, error: bool = False) -> Ending:
     if result and (said := result.get(ENDING)):
         return said  # type: ignore[no-any-return]
     if error:
-        return Ending(Outcome.FAILED, error="the worker process was lost, also when it was started again")
+        return Ending(Outcome.FAILED, "worker-lost", "the worker process was lost, also when it was started again")
     return Ending(Outcome.STOPPED, "scheduler")
 
 
@@ -63,6 +67,7 @@ class StudyTrainable(tune.Trainable):
         self._objective = ObjectiveSpec.model_validate_json(config["objective"])
         self._config = config
         self._history: list[float] = list(config["history"])
+        self._was_without_memory = False
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial into the same process."""
@@ -73,12 +78,22 @@ class StudyTrainable(tune.Trainable):
         """One epoch of the trial, as a Tune result."""
         try:
             return self._report(self._advance())
+        except LOST:
+            raise  # Tune gives the trial another process
         except Exception as error:  # whatever the user's model, data or metric raises fails this trial, not the study
-            text = "".join(traceback.format_exception(error))
-            return {ENDING: Ending(Outcome.FAILED, error=text), "done": True}
+            if kind(error) == "out-of-memory" and not self._was_without_memory:
+                self._was_without_memory = True
+            else:
+                return {ENDING: failed(error), "done": True}
+        self._start_over()
+        return self.step()
 
     def _advance(self) -> Progress:
         """Trains one epoch."""
+        raise NotImplementedError
+
+    def _start_over(self) -> None:
+        """Gives back all memory: the next epoch begins at the latest snapshot."""
         raise NotImplementedError
 
     def _report(self, progress: Progress) -> dict[str, Any]:
@@ -94,7 +109,8 @@ class StudyTrainable(tune.Trainable):
             if ending is None and self._has_stalled():
                 ending = Ending(Outcome.STOPPED, "patience")
         elif ending is None or ending.outcome is Outcome.COMPLETED:
-            ending = Ending(Outcome.FAILED, error=f"no value of the objective {self._objective.metric!r} at epoch {measurement.epoch}")
+            text = f"no value of the objective {self._objective.metric!r} at epoch {measurement.epoch}"
+            ending = Ending(Outcome.FAILED, "user-code", text)
         return result if ending is None else {**result, ENDING: ending, "done": True}
 
     def _has_stalled(self) -> bool:
@@ -115,14 +131,21 @@ class SoloTrainable(StudyTrainable):
         if self._engine is None:
             self._engine = self._admitted()
             self._saved = time.monotonic()
+        elif time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+            # Who is asked for the next epoch has told of the last one: no trial is ever started again beyond what the study knows.
+            self._engine.snapshot(self._trial_id).save(snapshot_path(self._folder, self._trial_id))
+            self._saved = time.monotonic()
         (progress,) = self._engine.advance()
-        if progress.ending is None:
-            if time.monotonic() - self._saved > SNAPSHOT_SECONDS:
-                self._engine.snapshot(self._trial_id).save(snapshot_path(self._folder, self._trial_id))
-                self._saved = time.monotonic()
-        elif progress.ending.outcome is Outcome.COMPLETED:
+        if progress.ending is not None and progress.ending.outcome is Outcome.COMPLETED:
             keep_weights(self._folder, self._trial_id, self._config["keep_weights"], self._engine.weights)
         return progress
+
+    def _start_over(self) -> None:
+        from study.engines.solo import give_back_memory
+
+        self._engine = None
+        gc.collect()
+        give_back_memory()
 
     def _admitted(self) -> "SoloEngine":
         from study.engines.engine import Snapshot
@@ -165,6 +188,9 @@ class FusedTrainable(StudyTrainable):
     def _proxy(self) -> str:
         return str(ray.get_runtime_context().get_actor_id())
 
+    def _start_over(self) -> None:
+        self._leave()
+
     def _leave(self) -> None:
         if self._engine is not None and not self._is_away:
             self._engine.release.remote(self._trial_id)
@@ -177,7 +203,7 @@ class FusedTrainable(StudyTrainable):
             try:
                 self._is_away = False
                 progress: Progress = ray.get(self._engine.next.remote(self._trial_id, self._config["trial"], self._epoch, self._config["test"]))
-            except ray.exceptions.RayActorError as error:
+            except LOST as error:
                 lost = error
                 continue
             self._epoch = progress.measurement.epoch

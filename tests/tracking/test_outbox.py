@@ -1,13 +1,18 @@
 """Facts about the ledger of a study."""
 
+import itertools
 import json
 import math
 import pickle
+import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,3 +275,45 @@ def test_importing_the_ring_loads_no_heavy_library() -> None:
     )
     seen = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
+
+
+@contextmanager
+def a_full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond a size: what a write to a full disk says, without filling one."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
+def test_a_full_disk_is_an_error_that_says_so_and_damages_nothing(outbox: Outbox) -> None:
+    def measure_for_ever() -> None:
+        for epoch in itertools.count(1):
+            outbox.measure("a", measurement(epoch))
+
+    started(outbox, "a")
+    with a_full_disk(400_000), pytest.raises(HomeError, match=r"ledger cannot be written .*free some space"):
+        measure_for_ever()
+    written = len(outbox.history("a"))
+    assert written > 10
+    outbox.measure("a", measurement(written + 1))
+    outbox.end("a", COMPLETED, 0.5)
+    outbox.close()
+    again = Outbox(outbox.folder)
+    assert [seen.epoch for seen in again.history("a")] == list(range(1, written + 2))
+    assert [record.outcome for record in again.records()] == [Outcome.COMPLETED]
+    db = sqlite3.connect(outbox.folder / FILE)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    db.close()
+
+
+def test_the_first_note_of_a_silence_keeps_its_time_until_the_store_answers(outbox: Outbox) -> None:
+    assert outbox.silence() is None
+    outbox.note_silence("connection refused")
+    first = outbox.silence()
+    outbox.note_silence("timed out")
+    assert outbox.silence() == first and first is not None and first[1] == "connection refused"
+    outbox.note_silence()
+    assert outbox.silence() is None

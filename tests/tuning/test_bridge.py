@@ -23,8 +23,8 @@ from study.space import Assignment
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder
-from study.tuning.callbacks import LedgerCallback
-from study.tuning.hosting import history_of
+from study.tuning.callbacks import LedgerCallback, history_of
+from study.tuning.failures import FirstFailures
 from study.tuning.search import DIVERGED, Search
 from study.tuning.searcher import JournalSearcher
 from study.tuning.status import status
@@ -68,7 +68,7 @@ class Host:
         left = [(proposal, history_of(self.outbox, proposal.trial_id, spec.objective)) for proposal in self.search.running()]
         settings = {"folder": str(folder.path), "objective": spec.objective.model_dump_json(), "patience": spec.stopping.patience, "grace": 1}
         self.searcher = JournalSearcher(self.search, settings, left)
-        self.callback = LedgerCallback(self.outbox, folder.path)
+        self.callback = LedgerCallback(self.outbox, folder.path, spec.objective, FirstFailures(0))
         self.count = 0
 
     def begin(self) -> None:
@@ -77,7 +77,7 @@ class Host:
         config = self.searcher.suggest(self.tune_id)
         assert isinstance(config, dict)
         self.trainable, self.epoch = Trainable(config), config["epoch"]
-        self.trial: Any = SimpleNamespace(trial_id=self.tune_id, config=config, last_result=None)
+        self.trial: Any = SimpleNamespace(trial_id=self.tune_id, config=config, last_result=None, num_failures=0, max_failures=3)
         self.callback.on_trial_start(0, [], self.trial)
 
     def epoch_of(self, values: dict[str, float], ending: Ending | None = None, stop: bool = False) -> bool:
@@ -136,15 +136,15 @@ CASES = (
     Case("NaN among the values", (0.5, math.nan), Ending(Outcome.DIVERGED, "nan"), reason="nan", **INFEASIBLE),
     Case("inf", (0.5, math.inf), Ending(Outcome.DIVERGED, "inf"), reason="inf", **INFEASIBLE),
     Case("exploded at once", (None,), Ending(Outcome.DIVERGED, "exploded"), reason="exploded", **INFEASIBLE),
-    Case("missing metric", (0.5, None), None, **FAILED),
-    Case("missing metric at the end", (0.5, 0.4, None), **FAILED),
+    Case("missing metric", (0.5, None), None, reason="user-code", **FAILED),
+    Case("missing metric at the end", (0.5, 0.4, None), reason="user-code", **FAILED),
     Case("stopped early", (0.5, 0.4), None, stop=True, reason="scheduler", **PRUNED),
     Case("stopped at its first result", (0.01,), None, stop=True, reason="scheduler", **PRUNED),
     Case("out of patience", (0.2, 0.3, 0.3), None, reason="patience", **PRUNED),
     Case("restored twice", (0.5, 0.4, 0.35), kills=(1, 2)),
     Case("restored, then stopped", (0.5, 0.45), None, stop=True, kills=(1,), reason="scheduler", **PRUNED),
-    Case("an error in the user's code", (0.5, None), Ending(Outcome.FAILED, error="Traceback: boom"), **FAILED),
-    Case("a lost process", (0.5,), None, lost=True, **FAILED),
+    Case("an error in the user's code", (0.5, None), Ending(Outcome.FAILED, "user-code", "Traceback: boom"), reason="user-code", **FAILED),
+    Case("a lost process", (0.5,), None, lost=True, reason="worker-lost", **FAILED),
     *(Case(f"completed {number}", (0.6, 0.5, 0.4 + number / 100)) for number in range(9)),
 )
 
@@ -215,6 +215,7 @@ def test_they_agree_on_each_trial(scene: Remembered, number: int) -> None:
     assert frozen.user_attrs["ending"]["reason"] == case.reason
     assert run.data.tags.get("study.stop_reason", "") == (case.reason if case.outcome == "stopped" else "")
     assert run.data.tags.get("study.divergence", "") == (case.reason if case.outcome == "diverged" else "")
+    assert run.data.tags.get("study.failure", "") == (case.reason if case.outcome == "failed" else "")
     assert frozen.constraints == ({DIVERGED: 1.0} if case.outcome == "diverged" else {})
     seen = {epoch: value for epoch, value in enumerate(case.values, start=1) if value is not None and math.isfinite(value)}
     assert frozen.intermediate_values == seen
