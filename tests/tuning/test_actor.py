@@ -56,6 +56,8 @@ class Scripted:
         self.ticks: list[list[str]] = []
         self.raises: dict[str, int] = {}
         """Trials to the epochs in which their own code raises."""
+        self.most = sys.maxsize
+        """Trials that memory is enough for."""
         self.may_go_on, self.is_busy = threading.Event(), threading.Event()
         self.may_go_on.set()
 
@@ -88,6 +90,8 @@ class Scripted:
         assert self.may_go_on.wait(60)
         self.is_busy.clear()
         self.ticks.append(list(only))
+        if len(only) > self.most:
+            raise MemoryError(f"{len(only)} are too many")
         for trial_id in only:
             self.at[trial_id] += 1
             if self.raises.get(trial_id) == self.at[trial_id]:
@@ -238,6 +242,21 @@ async def test_a_trial_whose_code_raises_fails_alone(engine: Scripted, proxies: 
     assert "ArithmeticError: b is too much" in ending.error and "in advance" in ending.error
     assert set(engine.at) == {"a"}
     assert await proxies.train("a", "c") == [3, 1]
+
+
+@in_a_loop
+async def test_an_engine_without_memory_trains_half_as_many_at_once_from_then_on(engine: Scripted, proxies: Proxies) -> None:
+    engine.most = 1
+    assert [await proxies.train("a", "b") for _ in range(3)] == [[1, 1], [2, 2], [3, 3]]
+    assert engine.ticks[0] == ["a", "b"]
+    assert [len(tick) for tick in engine.ticks[1:]] == [1] * (len(engine.ticks) - 1)
+
+
+@in_a_loop
+async def test_a_trial_that_is_too_large_alone_has_failed_without_memory(engine: Scripted, proxies: Proxies) -> None:
+    engine.most = 0
+    for progress in await asyncio.gather(proxies.ask("a"), proxies.ask("b")):
+        assert progress.ending is not None and progress.ending.reason == "out-of-memory"
 
 
 @in_a_loop
