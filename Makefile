@@ -15,7 +15,7 @@ PIP = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check 
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 SHORT = -m "not long"
 
-.PHONY: help demo test check check-long bench services clean
+.PHONY: help demo test check check-long chaos bench services clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ check: .venv/.installed ## What CI runs: format, lint, types, imports, tests
 
 check-long: .venv/.installed ## The tests that check leaves out: more of the same, and slow
 	@$(PYTEST) -m long
+
+chaos: .venv/.installed ## Kill workers, nodes, drivers and the tracking server of 40 studies: hours
+	@$(BIN)/python -m tests.chaos --seeds 20
 
 bench: .venv/.installed ## Measure our overhead, as ratios
 	@$(BIN)/python -m tests.benchmarks.run

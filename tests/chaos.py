@@ -11,6 +11,7 @@ Exits with 1 where a trial was lost, repeated, recorded twice or given another v
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -172,6 +174,11 @@ class Scene:
         finally:
             outbox.close()
 
+    def callers(self) -> dict[str, int]:
+        """How often each thread called MLflow while Tune ran, in the driver's last start."""
+        left = self.code / "calls.json"
+        return json.loads(left.read_text()) if left.exists() else {}
+
     def kill(self, kind: str, rng: Random) -> bool:
         """Kills one thing; False where there is none of its kind now."""
         if kind in ("driver", "server"):
@@ -305,6 +312,8 @@ def compared(stage: Scene, engine: str) -> tuple[list[str], int]:
         ]
         lost += bool(own)
         found += own
+    if (callers := stage.callers().keys()) - {"recorder"}:
+        found.append(f"MLflow was called by the threads {', '.join(callers)}")
     found += [f"left behind: {path}" for path in folder.glob("trials/*/snapshot*")]
     return found, lost
 
@@ -362,11 +371,32 @@ def undisturbed(spec: StudySpec, pause: float) -> Mapping[str, float]:
 
 
 def drive(arguments: list[str]) -> int:
-    """`study run`, for a cluster whose GPUs are fake: trials that reserve one train on the CPU."""
+    """`study run`, for a cluster whose GPUs are fake: trials that reserve one train on the CPU.
+
+    Who calls MLflow while Tune runs, by thread, is left in `calls.json`.
+    """
     from study.cli import main
-    from study.tuning import hosting
+    from study.tracking.store import Store
+    from study.tuning import driver, hosting
 
     hosting.device_of = lambda resources: "cpu"
+    calls, asking, tune_study = Counter[str](), Store._asking, driver.tune_study
+    tuning = threading.Event()
+
+    def counted(store: Store) -> Any:
+        if tuning.is_set():
+            calls[threading.current_thread().name] += 1
+        return asking(store)
+
+    def tuned(*given: Any) -> str:
+        tuning.set()
+        try:
+            return tune_study(*given)
+        finally:
+            tuning.clear()
+            Path("calls.json").write_text(json.dumps(calls))
+
+    Store._asking, driver.tune_study = counted, tuned
     return main(["run", *arguments, "--debug"])
 
 

@@ -33,6 +33,9 @@ FILE = "outbox.sqlite"
 PATIENCE = 30.0
 """Seconds that a call waits while another process writes."""
 
+MOST_EVENTS = 4096
+"""Events that are delivered at once: each trial among them costs a request, so that few events for each of many trials would be slow."""
+
 MOST_TEXT = 4_000_000
 """Characters of samples that are delivered at once, about; a single measurement may have more."""
 
@@ -226,7 +229,7 @@ class Outbox:
             step = row["step"]
             yield _measurement(row), row["time"]
 
-    def pending(self, limit: int = 256, without: Collection[str] = ()) -> list[Event]:
+    def pending(self, limit: int = MOST_EVENTS, without: Collection[str] = ()) -> list[Event]:
         """The oldest events that MLflow has not heard of, in order, at most *limit*; those of the trials *without* are left out.
 
         They end with the one whose samples make MOST_TEXT full.

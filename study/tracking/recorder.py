@@ -68,9 +68,11 @@ class Recorder:
 
         Raises:
             TrackingUnavailable: within seconds, if the store does not answer.
+            NotFound: if the study has runs, and they are not in this store.
         """
         store = connect(self.tracking_uri)
         experiment = store.experiment(self.spec.name)
+        self._check_runs(store, experiment)
         self.parent = self._parent(store, experiment)
         self._store = store
         self._delivery = Delivery(store, self.outbox, experiment, self.parent, self.identity, self.spec.objective)
@@ -203,6 +205,21 @@ class Recorder:
             ) from cause
         assert self._delivery is not None
         _patiently(self._delivery.settle)
+
+    def _check_runs(self, store: Store, experiment: str) -> None:
+        """Makes sure that the store holds the runs that the ledger knows: another store, or a hand that deleted them, would make a second history."""
+        known = {entry.run_id: entry.trial_id for entry in self.outbox.entries() if entry.run_id}
+        if not known:
+            return
+        there = {run.run_id for run in store.runs([experiment], {"study.id": self.identity.study_id, "study.trial_id": "%"})}
+        if missing := known.keys() - there:
+            first = min(missing, key=lambda run_id: known[run_id])
+            raise NotFound(
+                f"{len(missing)} of {len(known)} runs of this study are not in the tracking store (got {masked(self.tracking_uri)}; {known[first]} is"
+                f" the run {first})",
+                where=self.spec.name,
+                remedy="name the store that it began in with --tracking-uri; where runs were deleted there, bring them back with MlflowClient.restore_run",
+            )
 
     def _parent(self, store: Store, experiment: str) -> str:
         tags = {

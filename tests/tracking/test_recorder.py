@@ -284,6 +284,26 @@ def test_a_deleted_experiment_is_restored(tracking_uri: str, tmp_path: Path) -> 
     assert client(tracking_uri).get_experiment(experiment).lifecycle_stage == "active"
 
 
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_study_whose_runs_are_not_in_the_store_says_what_to_do(tracking_uri: str, mlflow_database: Path, tmp_path: Path, deleted: bool) -> None:
+    """They were deleted by hand, or another store was named: going on would begin a second history."""
+    recorder = opened(tmp_path, tracking_uri)
+    for number in range(3):
+        live(recorder.outbox, f"roles-000{number}", Ending(Outcome.COMPLETED))
+    delivered(recorder)
+    run_id, uri = recorder.run_id("roles-0001"), tracking_uri
+    if deleted:
+        client(tracking_uri).delete_run(run_id)
+    else:
+        uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path / 'other.db')}"
+    said = rf"{1 if deleted else 3} of 3 runs of this study are not in the tracking store .*--tracking-uri.*restore_run"
+    with pytest.raises(NotFound, match=said):
+        opened(tmp_path, uri)
+    if deleted:
+        client(tracking_uri).restore_run(run_id)
+    assert opened(tmp_path, tracking_uri).parent == recorder.parent
+
+
 def test_artifacts_lie_next_to_a_sqlite_store(study: Recorder) -> None:
     location = all_runs(study.tracking_uri)["roles-0000"].info.artifact_uri
     assert location.startswith((study.outbox.folder.parent / "mlflow_artifacts" / "roles").as_uri())
