@@ -22,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from study.errors import DataError, ImportFailed, ModelError, NameTaken, TrackingUnavailable
+from study.errors import AllFail, DataError, ImportFailed, ModelError, NameTaken, TrackingUnavailable
 from study.home import StudyFolder
 from study.space import arm_label
 from study.spec import StudySpec, check
@@ -232,6 +232,21 @@ def test_an_error_in_the_users_code_fails_that_trial_and_keeps_its_traceback(use
     assert (completed.data.tags["study.outcome"], failed.data.tags["study.outcome"]) == ("completed", "failed")
     text = Path(client.download_artifacts(failed.info.run_id, "traceback.txt", str(tmp_path))).read_text()
     assert "too precise" in text and "brittle.py" in text
+
+
+def test_a_study_whose_first_trials_all_fail_alike_stops_and_says_where_to_look(users_code: Path, home: Path) -> None:
+    (users_code / "hopeless.py").write_text("def metric(logits, labels):\n    raise ArithmeticError('never')\n")
+    studied = spec("hopeless", trial={**TRIAL, "metrics": ["import:hopeless:metric"]}, trials=12, **SERIAL)
+    with pytest.raises(AllFail, match=r"first 3 trials all failed alike \(user-code: ArithmeticError: never\); see .*traceback\.txt") as caught:
+        run(studied, home=home)
+    assert caught.value.exit_code == 1
+    records = Outbox(home / "hopeless").records()
+    assert 3 <= [record.outcome for record in records].count("failed") < 12
+    assert {(record.outcome, record.reason) for record in records} <= {("failed", "user-code"), ("interrupted", "")}
+    parent, children, _ = mlflow_runs(home, "hopeless")
+    assert (parent.info.status, len(children)) == ("FAILED", len(records))
+    assert {child.data.tags.get("study.failure") for child in children if child.info.status == "FAILED"} == {"user-code"}
+    assert StudyFolder(home / "hopeless").card().state == "failed"
 
 
 def test_the_budget_ends_trials_as_stopped_and_the_study_cleanly(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
