@@ -50,16 +50,22 @@ class Figures:
     traces: tuple[str, ...]
 
 
-def draw_figures(found: Findings) -> Figures:
-    """Draws the plane of learning rate and decay, and the traces of each arm's trial."""
+def draw_figures(found: Findings, plane: str = "") -> Figures:
+    """Draws the plane of learning rate and decay, and the traces of each arm's trial.
+
+    Args:
+        found: What a study found.
+        plane: An SVG document of the plane of all trials, where it is already drawn.
+    """
     from study.results.inline import inline_svg
-    from study.results.planes import plane_figure
     from study.results.plots import comparison_figure, svg_text
 
-    objective, plane = found.spec.objective, ""
-    if set(PRODUCT) & set(found.spec.space) and len(found.table):
-        drawn = plane_figure(_selected(searched(found.table), objective.direction), objective.metric, objective.direction)
-        plane = inline_svg(svg_text(drawn), "plane", f"{objective.metric} of every trial in the plane of learning rate and weight decay")
+    if not set(PRODUCT) & set(found.spec.space) or found.table.empty:
+        plane = ""
+    elif not plane or len(found.table) > MOST_DOTS:
+        plane = _plane(found)
+    title = f"{found.spec.objective.metric} of every trial in the plane of learning rate and weight decay"
+    plane = plane and inline_svg(plane, "plane", title)
     arms = list(found.traces)[:MOST_TRACED]
     traces = {arm: found.traces[arm][1] for arm in arms}
     layers = sum(trace["layer"].nunique() for trace in traces.values())
@@ -71,6 +77,14 @@ def draw_figures(found: Findings) -> Figures:
         title = f"Effective learning rate and rotation of every layer over the steps: {', '.join(_title(found, arm) for arm in row)}"
         figures.append(inline_svg(svg_text(drawn), f"traces{place}", title))
     return Figures(plane, tuple(figures))
+
+
+def _plane(found: Findings) -> str:
+    from study.results.planes import plane_figure
+    from study.results.plots import svg_text
+
+    objective = found.spec.objective
+    return svg_text(plane_figure(_selected(searched(found.table), objective.direction), objective.metric, objective.direction))
 
 
 def _selected(trials: "pd.DataFrame", direction: str) -> "pd.DataFrame":

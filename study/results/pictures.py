@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PLANE = "plane.svg"
+"""The picture of the plane in the study's folder."""
+
 BEST_OF_ARM = 3
 """Completed trials of each arm whose traces are drawn."""
 
@@ -51,7 +54,7 @@ def draw_plane(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame") -> P
     from study.results.planes import plane_figure
     from study.results.plots import save
 
-    picture = folder.path / "plane.svg"
+    picture = folder.path / PLANE
     save(plane_figure(table, spec.objective.metric, spec.objective.direction), picture)
     return picture
 

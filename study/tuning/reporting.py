@@ -12,6 +12,7 @@ from study.document import write_whole
 from study.home import State, StudyFolder
 from study.results.advice import Advice, History, advise, best_of_arms, searched
 from study.results.page import Figures, draw_figures, page
+from study.results.pictures import PLANE
 from study.results.report import Findings, findings, report_document
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
@@ -68,10 +69,10 @@ def warnings_of(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame | Non
     return advise(spec, table, _histories(folder, spec, table))
 
 
-def report_page(found: Findings) -> str:
-    """The HTML of a report; figures that cannot be drawn are logged and left out."""
+def report_page(found: Findings, plane: str = "") -> str:
+    """The HTML of a report; figures that cannot be drawn are logged and left out. The plane as in `draw_figures`."""
     try:
-        figures = draw_figures(found)
+        figures = draw_figures(found, plane)
     except Exception as error:
         log.warning("warning: the figures of the report could not be drawn (%s: %s)", type(error).__name__, error)
         figures = Figures("", ())
@@ -79,10 +80,11 @@ def report_page(found: Findings) -> str:
 
 
 def write_report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: State) -> list[Path]:
-    """Writes report.html into a study's folder; what fails is logged, never raised: a study without a report is whole."""
+    """Writes report.html into the folder of a study that has ended and been drawn; what fails is logged, never raised: a study without a report is whole."""
     path = folder.path / REPORT
     try:
-        write_whole(path, report_page(gathered(folder, spec, table, state)))
+        plane = folder.path / PLANE
+        write_whole(path, report_page(gathered(folder, spec, table, state), plane.read_text("utf-8") if plane.exists() else ""))
     except Exception as error:
         log.warning("warning: the report could not be written (%s: %s)", type(error).__name__, error)
         return []

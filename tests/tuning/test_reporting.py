@@ -74,7 +74,7 @@ def test_warnings_follow_from_the_ledger(home: Path) -> None:
 
 
 def test_figures_that_fail_are_left_out(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fails(found: object) -> None:
+    def fails(found: object, plane: str) -> None:
         raise ValueError("no pen")
 
     monkeypatch.setattr(reporting, "draw_figures", fails)
@@ -82,6 +82,13 @@ def test_figures_that_fail_are_left_out(home: Path, monkeypatch: pytest.MonkeyPa
         page = report_page(gathered(StudyFolder(home / "gains"), STUDY))
     assert "figures of the report could not be drawn (ValueError: no pen)" in caplog.text
     assert "Best config" in page and "<figure" not in page
+
+
+def test_a_plane_that_is_drawn_already_is_not_drawn_again(home: Path) -> None:
+    folder = StudyFolder(home / "gains")
+    (folder.path / "plane.svg").write_text('<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><text>drawn before</text></svg>')
+    assert write_report(folder, STUDY, reporting.trials_of(folder), "finished") == [folder.path / "report.html"]
+    assert "<text>drawn before</text></svg>" in (folder.path / "report.html").read_text("utf-8")
 
 
 def test_a_report_that_fails_is_a_warning(home: Path, caplog: pytest.LogCaptureFixture) -> None:
