@@ -142,15 +142,20 @@ class Scene:
         """Three nodes, a fake GPU on each; this process never connects to them."""
         from ray.cluster_utils import Cluster
 
-        # Nodes start slowly on a machine that is busy with the study.
-        os.environ.update({"PYTHONPATH": self.path, "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "180"})
-        while self.cluster is None:
-            try:
-                self.cluster = Cluster(initialize_head=True, head_node_args={**_node(), "include_dashboard": False})
-            except Exception as error:  # Ray's word for a head that took too long
-                print(f"  the head is started again: {error}", flush=True)
+        os.environ.update({"PYTHONPATH": self.path, "OMP_NUM_THREADS": "1"})
+        self.cluster = Cluster(initialize_head=True, head_node_args={**_node(), "include_dashboard": False})
         for _ in range(2):
-            self.cluster.add_node(wait=False, **_node())
+            self.add_node()
+
+    def add_node(self) -> None:
+        """Another node; Ray gives one half a minute to start, which a machine busy with the study may not hold (ray 2.60)."""
+        for attempt in range(5):
+            try:
+                self.cluster.add_node(wait=False, **_node())
+                return
+            except Exception:  # Ray's own word for it
+                if attempt == 4:
+                    raise
 
     def start_driver(self) -> None:
         """`study run` in a process of its own."""
@@ -264,7 +269,7 @@ def _run(stage: Scene, plan: list[tuple[float, str]], rng: Random, report: Repor
             return
         for one in [one for one in due if one[0] <= now]:
             due.remove(one)
-            {"server": stage.start_server, "node": lambda: stage.cluster.add_node(wait=False, **_node()), "driver": stage.start_driver}[one[1]]()
+            {"server": stage.start_server, "node": stage.add_node, "driver": stage.start_driver}[one[1]]()
             report.starts += one[1] == "driver"
         if plan and stage.progress() >= plan[0][0]:
             time.sleep(rng.uniform(0.0, 1.0))
