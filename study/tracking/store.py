@@ -39,6 +39,15 @@ PAGE = 1000
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
+MAKING = 600.0
+"""Seconds to wait for another process that makes the tables of a SQLite file: some on an idle machine, minutes on a crowded one."""
+
+LOCKED = 20.0
+"""Seconds to wait for a SQLite file that another process writes."""
+
+BUSY = "other studies write into this file: run the same command again, or give them a server with PostgreSQL (docs/cluster.md)"
+"""What to do where a SQLite file stays locked."""
+
 GATE = 0x57D1
 """Number of the lock that whoever makes the tables of a PostgreSQL store holds."""
 
@@ -80,15 +89,15 @@ def connect(uri: str) -> "Store":
     path = sqlite_path(uri)
     try:
         with _asking(uri):
-            if path is not None:
-                _try_file(path)
-            elif (port := DATABASE_PORTS.get(urlsplit(uri).scheme.partition("+")[0])) is not None:
+            if path is None and (port := DATABASE_PORTS.get(urlsplit(uri).scheme.partition("+")[0])) is not None:
                 # MLflow itself would try a silent database for minutes.
                 socket.create_connection((urlsplit(uri).hostname or "localhost", urlsplit(uri).port or port), timeout=5).close()
             from mlflow.tracking import MlflowClient
 
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             with _one_at_a_time(path) if path is not None else _one_on_postgresql(uri):
+                if path is not None:
+                    _try_file(path)
                 client = MlflowClient(tracking_uri=uri)
                 client.search_experiments(max_results=1)
     except Refused as error:
@@ -253,7 +262,8 @@ def _silence(uri: str, error: Exception) -> TrackingUnavailable:
         name = urlsplit(uri).netloc.rpartition("@")[2]
         remedy = f"start it with --allowed-hosts '{name}' (and every other name with its port by which it is called), or call it by its address"
         return TrackingUnavailable(f"the MLflow server does not let in who calls it {name!r}", where=masked(uri), remedy=remedy)
-    return TrackingUnavailable(f"the tracking store {masked(uri)} does not answer ({reason})", remedy=_remedy(uri))
+    busy = sqlite_path(uri) is not None and "locked" in reason
+    return TrackingUnavailable(f"the tracking store {masked(uri)} does not answer ({reason})", remedy=BUSY if busy else _remedy(uri))
 
 
 def _remedy(uri: str) -> str:
@@ -265,8 +275,7 @@ def _remedy(uri: str) -> str:
 
 
 def _try_file(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(path, timeout=20)
+    db = sqlite3.connect(path, timeout=LOCKED)
     try:
         db.execute("BEGIN IMMEDIATE")
         db.rollback()
@@ -275,13 +284,14 @@ def _try_file(path: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(path: Path | None) -> Iterator[None]:
+def _one_at_a_time(path: Path) -> Iterator[None]:
     """Lets one process at a time create the tables of a SQLite store: MLflow's first-use migrations race."""
-    gate = path.with_name(f"{path.name}.creating") if path is not None else None
-    if path is None or gate is None or (path.stat().st_size and not gate.exists()):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    gate = path.with_name(f"{path.name}.creating")
+    if path.exists() and path.stat().st_size and not gate.exists():
         yield
         return
-    lock = sqlite3.connect(gate, timeout=120)
+    lock = sqlite3.connect(gate, timeout=MAKING)
     try:
         lock.execute("BEGIN EXCLUSIVE")
         yield

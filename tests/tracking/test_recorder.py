@@ -18,6 +18,7 @@ from study.errors import NotFound, TrackingUnavailable
 from study.measurement import Ending, Measurement, Outcome
 from study.spec import StudySpec
 from study.traces import read_trace
+from study.tracking import store
 from study.tracking.outbox import FILE, Outbox
 from study.tracking.recorder import Recorder
 from study.tracking.store import MOST_METRICS, connect
@@ -503,3 +504,13 @@ def test_through_a_real_server_that_goes_away_nothing_is_lost_and_nothing_double
     history = client(mlflow_server).get_metric_history(recorder.run_id("roles-0001"), "val/error")
     assert [point.step for point in history] == [20, 40, 60]
     assert Path(client(mlflow_server).download_artifacts(recorder.run_id("roles-0001"), "trace.parquet", str(tmp_path))).stat().st_size > 0
+
+
+def test_a_sqlite_file_that_stays_locked_says_what_to_do(tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "LOCKED", 0.1)
+    with sqlite3.connect(tracking_uri.removeprefix("sqlite:///")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingUnavailable, match=r"is locked\); other studies write into this file: run the same command again, or give them a"):
+            connect(tracking_uri)
+        other.rollback()
+    connect(tracking_uri)
