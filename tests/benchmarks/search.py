@@ -8,8 +8,9 @@ cliff       a ridge of error rates that saturates away from it, and diverges bey
 digits      validation error of a ResNet, interpolated between trials that were trained once (digits.csv)     looked up
 
 All searches are this project's own: `study.tuning.search.Search` on a journal, PARALLEL trials asked before the first of them is told.
-Both pairs of coordinates have boxes of equal size (in decades) and equal center. A level of 95% is 95% of the way from a surface's
-median over the box of lr and weight decay to its best value over both boxes. The first ten trials of tpe are a Sobol sequence in either box.
+Both pairs of coordinates have boxes of equal size (in decades) and equal center; a wide one holds all products of the other pair's. A level
+of 95% is 95% of the way from a surface's median over the box of lr and weight decay to its best value over that box and the one of equal
+size. The first ten trials of tpe are a Sobol sequence in either box.
 """
 
 import csv
@@ -34,12 +35,13 @@ LEVELS = 0.95, 0.99
 RESAMPLES = 2000
 SHOWN = 8, 16, 32, 64
 
-LR, DECAY, PRODUCT = (-3.0, 0.0), (-5.0, -1.0), (-6.5, -2.5)
-"""Boxes of log10; the last is as wide as the second, and has its center where the first two have theirs."""
+LR, DECAY, PRODUCT, ALL_PRODUCTS = (-3.0, 0.0), (-5.0, -1.0), (-6.5, -2.5), (-8.0, -1.0)
+"""Boxes of log10; the third is as wide as the second, and has its center where the first two have theirs; the last has all of their products."""
 
 AXES = {
     "decay": {"optimizer.lr": LR, "optimizer.weight_decay": DECAY},
     "intrinsic": {"optimizer.lr": LR, "optimizer.intrinsic_lr": PRODUCT},
+    "wide": {"optimizer.lr": LR, "optimizer.intrinsic_lr": ALL_PRODUCTS},
 }
 
 WAYS = {
@@ -47,6 +49,7 @@ WAYS = {
     "sobol": ("sobol", "decay"),
     "tpe": ("tpe", "decay"),
     "tpe, intrinsic": ("tpe", "intrinsic"),
+    "tpe, intrinsic, wide": ("tpe", "wide"),
     "random, intrinsic": ("random", "intrinsic"),
 }
 """Sampler and coordinates; the last one tells what the coordinates' box alone does."""
@@ -78,7 +81,7 @@ def _looked_up() -> RegularGridInterpolator:
 
 
 def digits(lr: np.ndarray, decay: np.ndarray) -> np.ndarray:
-    """Bilinear in the logarithms; decay below the table's, which does nothing in so few steps, counts as the table's least."""
+    """Bilinear in the logarithms. Decay beyond the table counts as its nearest: less does nothing in so few steps, more guesses."""
     low, high = _looked_up().grid[1][[0, -1]]
     return np.asarray(_looked_up()(np.stack((np.clip(lr, -3, 0), np.clip(decay, low, high)), -1)))
 
@@ -109,9 +112,10 @@ def goal(name: str) -> Goal:
     side = np.linspace(0, 1, 401)
     one, other = np.meshgrid(side, side, indexing="ij")
     lr = LR[0] + one * (LR[1] - LR[0])
-    decay = {"decay": DECAY[0] + other * (DECAY[1] - DECAY[0]), "intrinsic": PRODUCT[0] + other * (PRODUCT[1] - PRODUCT[0]) - lr}
+    decay = {name: low + other * (high - low) for name, (low, high) in (("decay", DECAY), ("intrinsic", PRODUCT), ("wide", ALL_PRODUCTS))}
+    decay = {name: logarithm if name == "decay" else logarithm - lr for name, logarithm in decay.items()}
     values = {coordinates: np.nan_to_num(SURFACES[name](lr, logarithm), nan=np.inf) for coordinates, logarithm in decay.items()}
-    best, median = min(float(found.min()) for found in values.values()), float(np.median(values["decay"]))
+    best, median = min(float(values[name].min()) for name in ("decay", "intrinsic")), float(np.median(values["decay"]))
     value = Goal(best, median, {}).value(LEVELS[0])
     return Goal(best, median, {coordinates: float((found <= value).mean()) for coordinates, found in values.items()})
 
