@@ -1,6 +1,6 @@
 """How many trials each way of searching needs, on surfaces with the ridge of lr x weight decay.
 
-python -m tests.benchmarks.search            prints the tables of docs/search.md; some minutes on one core
+python -m tests.benchmarks.search            prints the tables of docs/coordinates.md; some minutes on one core
 
 surface     value at (lr, weight decay)                                                                       trials
 ridge       a parabola: steep across lr x weight decay, flat along it                                         computed
