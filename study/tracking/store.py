@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from study.errors import NotFound, TrackingUnavailable
 from study.tracking.names import masked, metric_name
 from study.tracking.summaries import Point
@@ -291,14 +293,13 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     if path.exists() and path.stat().st_size and not gate.exists():
         yield
         return
-    lock = sqlite3.connect(gate, timeout=MAKING)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-        yield
-    finally:
-        lock.close()
-        with suppress(OSError):
-            gate.unlink()
+    # Not a lock of SQLite's own: whoever waits for one on a file that is removed meanwhile is told of a disk error.
+    with FileLock(gate, timeout=MAKING):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                gate.unlink()
 
 
 @contextmanager

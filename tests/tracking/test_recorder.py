@@ -514,3 +514,23 @@ def test_a_sqlite_file_that_stays_locked_says_what_to_do(tmp_path: Path, trackin
             connect(tracking_uri)
         other.rollback()
     connect(tracking_uri)
+
+
+def test_whoever_waits_for_the_tables_of_a_sqlite_file_goes_on_once_they_are_there(tmp_path: Path) -> None:
+    """The gate is removed by the first while the others wait at it."""
+    path, made, inside = tmp_path / "mlflow.db", [], threading.Lock()
+
+    def enter() -> None:
+        with store._one_at_a_time(path):
+            if not path.exists():
+                with inside:
+                    time.sleep(0.2)
+                    made.append(path.write_bytes(b"tables"))
+
+    threads = [threading.Thread(target=enter) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert made == [6]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db"]
