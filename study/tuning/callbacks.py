@@ -34,7 +34,7 @@ class LedgerCallback(Callback):
     def on_trial_start(self, iteration: int, trials: list["Trial"], trial: "Trial", **info: Any) -> None:
         """A trial was given a process, for the first time or again."""
         config = trial.config
-        which = {"arm": config["arm"], "replicate_of": config["replicate_of"]}
+        which = {"arm": config["arm"], "replicate_of": config.get("replicate_of", "")}
         self._outbox.start(config["trial_id"], trial=json.loads(config["trial"]), tags=config["tags"], **which)
 
     def on_trial_result(self, iteration: int, trials: list["Trial"], trial: "Trial", result: dict[str, Any], **info: Any) -> None:

@@ -85,7 +85,7 @@ class Scripted(StudyTrainable):
 
     def __init__(self, *script: Exception | float) -> None:
         self.script, self.restarts = list(script), 0
-        self.setup({"trial_id": "a-0000", "folder": ".", "objective": ObjectiveSpec(metric="val/loss").model_dump_json()})
+        self.setup({"trial_id": "a-0000", "folder": ".", "history": [], "objective": ObjectiveSpec(metric="val/loss").model_dump_json()})
 
     def _advance(self) -> Progress:
         said = self.script.pop(0)

@@ -36,6 +36,8 @@ def trainable(folder: Path) -> SoloTrainable:
             "trial": TRIAL.model_dump_json(),
             "device": "cpu",
             "keep_weights": "none",
+            "history": [],
+            "test": False,
         }
     )
     return found
