@@ -32,7 +32,8 @@ def train_replicates(spec: StudySpec, folder: StudyFolder, choice: Choice, inter
 
 
 def train_confirmations(spec: StudySpec, folder: StudyFolder, choice: Choice, interrupt: threading.Event, seeds: int) -> None:
-    """Trains the best few trials again with seeds of their own."""
+    """Trains the best few trials again with seeds of their own; whoever asks for that is not held to the budget of the search."""
+    spec = spec.model_copy(update={"budget": BudgetSpec(same_failures=0)})
     left = len(confirmations(spec, Outbox(folder.path).records(), seeds))
     _train(spec, folder, choice, interrupt, lambda records: confirmations(spec, records, seeds), left, "c")
 

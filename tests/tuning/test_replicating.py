@@ -22,6 +22,7 @@ from study.tuning.choosing import Choice
 from study.tuning.confirming import confirm
 from study.tuning.continuing import extended
 from study.tuning.driver import run
+from study.tuning.failures import FirstFailures
 from study.tuning.stopping import OBJECTIVE
 from study.tuning.trainables import SoloTrainable
 from tests.tuning.test_driver import LONG, SERIAL, all_agree, mlflow_runs, prepared, spec
@@ -38,27 +39,28 @@ def tune_here(
     meter: Meter,
     *,
     samples: int,
-) -> str:
+) -> tuple[str, str]:
     """Does what Ray Tune does with our searcher, trainable and callback: one trial after the other, in this process."""
-    search, callback = searcher(hosting.settings_of(studied, folder)), LedgerCallback(outbox, folder)
+    search = searcher(hosting.settings_of(studied, folder))
+    callback = LedgerCallback(outbox, folder, studied.objective, FirstFailures(0))
     for number in map(str, range(samples)):
         config: Any = search.suggest(number)
         if config is None or config == Searcher.FINISHED:
             break
-        trial: Any = SimpleNamespace(config=config, last_result=None)
+        trial: Any = SimpleNamespace(config=config, last_result=None, num_failures=0)
         callback.on_trial_start(0, [], trial)
         trainable = SoloTrainable.__new__(SoloTrainable)
         trainable.setup(config)
         while not (trial.last_result or {}).get("done"):
             if interrupt.is_set():
-                return ""
+                return "", ""
             trial.last_result = trainable.step()
             if OBJECTIVE in trial.last_result:
                 search.on_trial_result(number, trial.last_result)
             callback.on_trial_result(0, [], trial, trial.last_result)
         search.on_trial_complete(number, trial.last_result)
         callback.on_trial_complete(0, [], trial)
-    return ""
+    return "", ""
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("ray", marks=pytest.mark.long)])
