@@ -161,7 +161,7 @@ class NotExpressible(StudyError):
 
 
 class ClusterLost(StudyError):
-    """The Ray cluster that ran a study went away; the same command resumes it."""
+    """The Ray that runs a study did not start, or went away; the same command goes on."""
 
     kind = "cluster-lost"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
-from study.errors import InputError
+from study.errors import ClusterLost, InputError
 from study.spec import ResourcesSpec, StudySpec
 from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
@@ -263,12 +263,18 @@ def _ray(ray: Any) -> Iterator[None]:
         return
     environment = {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, runtime_env={"env_vars": environment}, **common)
-    else:
-        # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
-        with _inherited(environment):
-            ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, runtime_env={"env_vars": environment}, **common)
+        else:
+            # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
+            with _inherited(environment):
+                ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
+    except Exception as error:  # Ray raises plain ones
+        said = " ".join(str(error).split())[:200]
+        remedy = "is the cluster up, and is the address right?" if address else "on a machine that is very busy it takes too long: the same command tries again"
+        raise ClusterLost(f"Ray did not start ({said})", where=address or "this machine", remedy=remedy) from error
     try:
         yield
     finally:

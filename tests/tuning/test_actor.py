@@ -67,7 +67,7 @@ class Scripted:
     def __contains__(self, trial_id: str) -> bool:
         return trial_id in self.at
 
-    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None) -> None:
+    def admit(self, trial_id: str, trial: TrialSpec, snapshot: Snapshot | None = None, *, test: bool = False) -> None:
         """At its beginning or where the snapshot stands."""
         assert trial_id not in self.at and len(self.at) < self.capacity
         self.at[trial_id] = snapshot.epoch if snapshot else 0
