@@ -307,8 +307,9 @@ def _client(url: str, token: str) -> "JobSubmissionClient":
     kept = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
         with _asking(url):
-            # Named here, the token is sent whatever RAY_AUTH_MODE was when ray was first imported.
-            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+            # Named here, the token is sent whatever RAY_AUTH_MODE was when ray was first imported. An empty one keeps Ray from sending that of
+            # this machine's own clusters to whoever answers.
+            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}" if token else ""})
     finally:
         os.environ.update(kept)
 

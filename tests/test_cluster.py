@@ -64,7 +64,14 @@ def dashboard() -> Iterator[tuple[str, type[Dashboard]]]:
 
 @pytest.fixture(autouse=True)
 def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "STUDY_HOME", "MLFLOW_TRACKING_URI"):
+    # Some of MLflow's are set by the door to it, once a test of this process went through.
+    for name in (
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+        "STUDY_HOME",
+        *(name for name in os.environ if name.startswith("MLFLOW_")),
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("study.cluster.git_commit", lambda: "c0ffee")

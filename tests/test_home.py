@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def test_changes_of_the_card_are_kept(tmp_path: Path) -> None:
     folder = StudyFolder.prepare(tmp_path, spec())
     before = folder.card()
     folder.update(state="finished", run_id="0" * 32)
-    assert folder.card() == before.model_copy(update={"state": "finished", "run_id": "0" * 32})
+    after = folder.card()
+    assert after == before.model_copy(update={"state": "finished", "run_id": "0" * 32, "ended": after.ended})
+    assert datetime.fromisoformat(after.ended) <= datetime.now(UTC)
     assert files(folder) == {"study.json", "spec.yaml", "trials"}
 
 
@@ -154,8 +157,8 @@ import sys, time, pathlib
 from study.home import StudyFolder
 folder = StudyFolder(pathlib.Path(sys.argv[1]))
 with folder.running():
-    print("held", flush=True)
     try:
+        print("held", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         folder.update(state="interrupted")

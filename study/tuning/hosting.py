@@ -273,7 +273,11 @@ def _ray(ray: Any) -> Iterator[None]:
                 ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
     except Exception as error:  # Ray raises plain ones
         said = " ".join(str(error).split())[:200]
-        remedy = "is the cluster up, and is the address right?" if address else "on a machine that is very busy it takes too long: the same command tries again"
+        remedy = (
+            "is the cluster up, and is the address right?"
+            if address
+            else "on a machine that is very busy it takes too long: the same command tries again"
+        )
         raise ClusterLost(f"Ray did not start ({said})", where=address or "this machine", remedy=remedy) from error
     try:
         yield
