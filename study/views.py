@@ -148,7 +148,9 @@ def comparison_view(document: Document) -> RenderableType:
         table.add_row(*own, *_behind(gaps.get(arm["arm"]), sign), style="bold" if arm is first and len(document["arms"]) > 1 else "")
     if document["wins_again"] is None:
         return table
-    said = f"P({first['arm']} wins again) {document['wins_again']:.2f}: the chance that the arm that leads also leads on one more fresh seed"
+    by_chance = 1 / len(document["arms"])
+    again = f"P({first['arm']} wins again) {document['wins_again']:.2f}"
+    said = f"{again}: whether the arm that leads also leads on one more fresh seed; among equal arms it would be {by_chance:.2f}"
     return Group(table, Text(said))
 
 
