@@ -147,7 +147,9 @@ def test_the_trials_stand_below_their_study(browser: Browser, experiment: str, t
     browser.screenshot(tmp_path / "study.png")
     parent, *children = browser.run(ROWS)
     assert parent["name"] == "quickstart"
-    assert sorted(row["name"] for row in children) == [f"quickstart-{number:04d}" for number in range(27)]
+    names = [row["name"] for row in children]
+    assert sorted(name for name in names if "-r" not in name) == [f"quickstart-{number:04d}" for number in range(27)]
+    assert len(names) > 27 and all(name.rpartition("-r")[0] in names for name in names if "-r" in name), "replicates stand there, too"
     assert all(row["indent"] > parent["indent"] for row in children)
 
 
