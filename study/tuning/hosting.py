@@ -7,6 +7,7 @@ interrupt, budget ─> stop ─┘
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -265,12 +266,13 @@ def _ray(ray: Any) -> Iterator[None]:
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            ray.init(address=address, runtime_env={"env_vars": environment}, **common)
-        else:
-            # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
-            with _inherited(environment):
-                ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
+        with _own_signals():
+            if address:
+                ray.init(address=address, runtime_env={"env_vars": environment}, **common)
+            else:
+                # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
+                with _inherited(environment):
+                    ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
     except Exception as error:  # Ray raises plain ones
         said = " ".join(str(error).split())[:200]
         remedy = (
@@ -283,6 +285,17 @@ def _ray(ray: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps this process's handler of SIGTERM: Ray puts its own there when it starts (2.60), which ends the process with its trials running."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
