@@ -360,7 +360,7 @@ def test_a_study_is_submitted_followed_stopped_and_gone_on_with(head: Head, tmp_
 
     shorter = ("--set", "search.trials=2", "--set", "budget.wall=30s")  # changes that a study may see
     printed, followed = study("submit", "halted.yaml", "--wait", *shorter, code=1)
-    assert printed == "halted-2\n" and "no trial completed" in followed
+    assert printed == "halted-2\n" and "no trial trained to its end" in followed
     [again] = json.loads(study("list", "--json")[0])
     assert (again["study_id"], again["job"]["attempt"], again["state"]) == (stopped["study_id"], 2, "failed")
     assert {run["status"] for run in _trial_runs(head.home)} == {"KILLED"}
