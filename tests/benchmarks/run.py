@@ -1,6 +1,6 @@
 """Benchmarks, as ratios within one run: what the service costs over doing the same by hand.
 
-python -m tests.benchmarks.run               all of them, in under 20 minutes on two idle cores
+python -m tests.benchmarks.run               all of them, on a machine that has nothing else to do
 python -m tests.benchmarks.run solo          one of them
 python -m tests.benchmarks.run --quick       fewer rounds: half as long, and noisier
 
