@@ -42,7 +42,7 @@ class Admission:
     arithmetic: str
     """`converted` or `looped`; empty where the model must not be fused."""
     gain: float
-    """Trial-epochs per CPU second, fused over solo; 0 where it was not measured."""
+    """Trial-epochs per CPU second, fused over solo, to two decimals; 0 where it was not measured."""
     why: str
     """Why it must not be fused; empty where it may."""
 
@@ -73,14 +73,14 @@ def self_test(trial: TrialSpec, arithmetic: str) -> str:
 
 
 def gain(trial: TrialSpec, slots: int, arithmetic: str, device: str = "cpu") -> float:
-    """Trial-epochs per CPU second, fused over solo."""
+    """Trial-epochs per CPU second, fused over solo, to two decimals, so that it is rounded in one place only."""
     short = _shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1)
     fused = FusedEngine(slots, device, arithmetic)
     for slot in range(slots):
         fused.admit(str(slot), short.model_copy(update={"seed": slot}))
     solo = SoloEngine(device)
     solo.admit("solo", short)
-    return slots * _fastest(solo.advance) / _fastest(fused.advance)
+    return round(slots * _fastest(solo.advance) / _fastest(fused.advance), 2)
 
 
 def solo_seconds(trial: TrialSpec, device: str = "cpu") -> float:

@@ -51,7 +51,7 @@ class Choice:
 
     def document(self) -> dict[str, object]:
         """The part of `study plan --json` that tells of it."""
-        return {"name": self.engine, "slots": self.slots, "arithmetic": self.arithmetic, "gain": round(self.gain, 2), "why": self.why}
+        return {"name": self.engine, "slots": self.slots, "arithmetic": self.arithmetic, "gain": self.gain, "why": self.why}
 
 
 def choose(spec: StudySpec, home: Path) -> Choice:
