@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded", "user-code", "out-of-memory", "worker-lost"]
 
@@ -139,6 +139,10 @@ class TrialRecord:
     run_id: str = ""
     seconds: float = 0.0
     replicate_of: str = ""
+
+
+History: TypeAlias = Sequence[tuple[int, float]]
+"""Epoch and objective of what a trial measured, in the order of measuring."""
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:

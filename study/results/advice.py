@@ -12,8 +12,9 @@ Pure functions of what a study left behind. Every warning says what was seen, in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
+from study.measurement import History
 from study.results.arms import Comparison, Difference, compare_arms
 from study.results.edges import End, near_end
 from study.results.quantities import SEEDS
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["edge", "few-completed", "diverged", "still-improving", "not-separable", "one-seed"]
-
-History: TypeAlias = Sequence[tuple[int, float]]
-"""Epoch and objective at each measurement of a trial, oldest first."""
 
 LEAST_COMPLETED = 3
 """Completed trials of an arm below which its best says little."""

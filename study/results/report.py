@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from study.home import Card, State, StudyFolder
-from study.measurement import Outcome
-from study.results.advice import History, advice_documents, advise, best_of_arms, searched
+from study.measurement import History, Outcome
+from study.results.advice import advice_documents, advise, best_of_arms, searched
 from study.results.answer import answer
 from study.results.arms import Comparison, compare_arms
 from study.results.best import BestConfig, document, read_best, varied

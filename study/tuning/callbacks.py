@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune import Callback
 
-from study.measurement import Ending, Outcome
+from study.measurement import Ending, History, Outcome
 from study.spec import ObjectiveSpec
 from study.tracking.outbox import Outbox
 from study.tuning.failures import FirstFailures
-from study.tuning.stopping import History
 from study.tuning.trainables import MEASUREMENT, ending_of
 from study.tuning.trial_files import folder_of, snapshot_path
 

@@ -25,19 +25,20 @@ from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult
 from study.results.pictures import draw
 from study.results.ranking import recommended
+from study.results.table import trial_table
 from study.space import Assignment
 from study.spec import StudySpec
 from study.tracking.names import masked
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, add_to_run, git_commit
-from study.trial import TrialSpec, flatten
+from study.trial import TrialSpec
 from study.tuning.choosing import Choice, choose
+from study.tuning.earlier import Earlier, earlier_trials
 from study.tuning.hosting import one_ray, tune_study
 from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
 from study.tuning.replicating import train_replicates
 from study.tuning.replication import wanted
-from study.tuning.warmstart import Earlier, earlier_trials, warm_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,6 +175,7 @@ def _search(
     from study.tuning.callbacks import history_of, settle, value_of
     from study.tuning.reconcile import reconcile, repair, sweep
     from study.tuning.search import Search
+    from study.tuning.warmstart import warm_start
 
     repair(folder.journal)
     outbox, search, alike = Outbox(folder.path), Search(spec, folder.journal), ""
@@ -330,20 +332,6 @@ def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult
         report = _report(folder, spec, table, folder.card().state)
         add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], tags)
     return StudyResult(folder.card().study_id, best, table)
-
-
-def trial_table(records: list[TrialRecord]) -> "pd.DataFrame":
-    """One row for each trial, columns as `trials.parquet` has them; lists and mappings as JSON."""
-    import pandas as pd
-
-    own = ("trial_id", "arm", "outcome", "reason", "replicate_of", "value", "step", "epoch", "seconds", "run_id")
-    rows = []
-    for record in records:
-        fields = flatten(TrialSpec.model_validate(record.trial).model_dump(mode="json"))
-        settled = {"equilibrated": record.metrics.get("final/equilibrated") == 1}
-        plain = {path: json.dumps(value) if isinstance(value, list | dict) else value for path, value in fields.items()}
-        rows.append({**{name: getattr(record, name) for name in own}, **settled, **plain, **record.metrics})
-    return pd.DataFrame(rows)
 
 
 def versions() -> dict[str, str]:

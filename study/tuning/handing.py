@@ -9,9 +9,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from study.measurement import History
 from study.trial import TrialSpec
 from study.tuning.replication import Replicate
-from study.tuning.stopping import OBJECTIVE, History
+from study.tuning.stopping import OBJECTIVE
 
 Plan = Callable[[], Sequence[Replicate]]
 """What is wanted and has not ended, as the ledger stands now."""

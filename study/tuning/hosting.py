@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
 from study.errors import ClusterLost, InputError
+from study.measurement import History
 from study.spec import ResourcesSpec, StudySpec
 from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from study.tuning.failures import FirstFailures
     from study.tuning.handing import Plan
     from study.tuning.search import Proposal, Search
-    from study.tuning.stopping import History
 
 WORKERS = {
     "OMP_NUM_THREADS": "1",
@@ -48,7 +48,7 @@ def tune_study(
     folder: Path,
     search: "Search",
     outbox: Outbox,
-    left: list[tuple["Proposal", "History"]],
+    left: list[tuple["Proposal", History]],
     interrupt: threading.Event,
     choice: Choice,
 ) -> tuple[str, str]:

@@ -1,16 +1,22 @@
-"""Journal: one arm's study in Optuna's journal.
+"""Journal: Optuna's file of a study, and one arm's study in it.
 
 own trials, in the order of proposing ──┐
 trials of another study, by source ─────┼── their points ──> what must not be proposed again
 points that wait to be tried ───────────┘
 """
 
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from study.space import Assignment, Axis, arm_label
@@ -22,6 +28,57 @@ FROM = "from"
 
 WISH = "enqueued"
 """User attribute of a trial: the number of the point that was enqueued for it. Those of an arm's study `enqueued:0`, ...: these points."""
+
+
+class JournalFile(JournalFileBackend):
+    """Optuna's file, which the study's control loop does not wait for longer than it must.
+
+    Lines that belong together are written at once, and another thread forces them to disk. A process that is killed loses nothing that it
+    wrote; a machine that loses power may lose the last moments, as with the ledger.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._mutex = path, JournalFileSymlinkLock(str(path))
+        self._held: list[dict[str, Any]] | None = None
+        self._disk, self._forced = ThreadPoolExecutor(1, "journal"), Future[None]()
+        self._forced.set_result(None)
+        super().__init__(str(path), self._mutex)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Writes lines, while nobody else does; later, where they belong together with others."""
+        if self._held is not None:
+            self._held += logs
+            return
+        self._mutex.acquire()
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs))
+        finally:
+            self._mutex.release()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Writes all lines of the block at its end. Whoever reads meanwhile sees none of them."""
+        held: list[dict[str, Any]] = []
+        self._held = held
+        try:
+            yield
+        finally:
+            self._held = None
+        self.append_logs(held)
+
+    def sync(self) -> None:
+        """Has what was written forced to disk, and waits only for the time before.
+
+        Raises:
+            OSError: if that failed.
+        """
+        self._forced.result()
+        self._forced = self._disk.submit(self._force)
+
+    def _force(self) -> None:
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 class ArmJournal:

@@ -53,9 +53,8 @@ def reconcile(search: Search, outbox: Outbox, folder: Path) -> None:
     for proposal in search.running():
         record = records.get(proposal.trial_id)
         if record is not None and record.outcome is not Outcome.INTERRUPTED:
-            for epoch, objective in history_of(outbox, proposal.trial_id, search.spec.objective):
-                search.report(proposal.trial_id, epoch, objective)
-            search.tell(proposal.trial_id, Ending(record.outcome, record.reason), record.value)  # type: ignore[arg-type]
+            history = history_of(outbox, proposal.trial_id, search.spec.objective)
+            search.tell(proposal.trial_id, Ending(record.outcome, record.reason), record.value, history)  # type: ignore[arg-type]
     sweep(outbox, folder)
 
 

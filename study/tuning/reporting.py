@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from study.document import write_whole
 from study.home import State, StudyFolder
-from study.results.advice import Advice, History, advise, best_of_arms, searched
+from study.measurement import History
+from study.results.advice import Advice, advise, best_of_arms, searched
 from study.results.page import Figures, draw_figures, page
 from study.results.pictures import PLANE
 from study.results.report import Findings, findings, report_document
+from study.results.table import trial_table
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
 from study.tuning.status import status
@@ -42,8 +44,6 @@ def gathered(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame | None" 
 
 def trials_of(folder: StudyFolder) -> "pd.DataFrame":
     """One row for each trial that has ended, as in `trials.parquet`."""
-    from study.tuning.driver import trial_table
-
     outbox = Outbox(folder.path)
     records = outbox.records()
     outbox.close()

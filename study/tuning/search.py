@@ -26,16 +26,15 @@ from pathlib import Path
 import optuna
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from study.measurement import Ending, Outcome
+from study.measurement import Ending, History, Outcome
 from study.space import Assignment, arm_label
 from study.spec import StudySpec
 from study.trial import TrialSpec
-from study.tuning.journal import FROM, WISH, ArmJournal
+from study.tuning.earlier import Earlier, matching
+from study.tuning.journal import FROM, WISH, ArmJournal, JournalFile
 from study.tuning.points import seed_of, sobol_point
-from study.tuning.warmstart import Earlier, matching
 
 DIVERGED = "diverged"
 """Name of the constraint that a diverged trial violates."""
@@ -74,7 +73,8 @@ class Search:
 
     def __init__(self, spec: StudySpec, journal: Path) -> None:
         self.spec, self.arms = spec, spec.arms
-        self._storage = JournalStorage(JournalFileBackend(str(journal)))
+        self._file = JournalFile(journal)
+        self._storage = JournalStorage(self._file)
         self._books = [ArmJournal(spec, arm, self._storage) for arm in self.arms]
         self.startup = startup(spec)
         for number in self._undrawn():
@@ -117,6 +117,7 @@ class Search:
         else:  # which writes what it needs to know into the trial that it draws for
             book.create(attributes)
             self._draw(number)
+        self._file.sync()
         return self._proposal(number)
 
     def enqueue(self, point: Assignment, arm: Assignment | None = None) -> None:
@@ -137,9 +138,7 @@ class Search:
             trial_id = book.create({FROM: earlier.source}) if trial_id is None else trial_id
             if not self._storage.get_trial(trial_id).state.is_finished():
                 book.set(trial_id, point)
-                for epoch, objective in earlier.history:
-                    self._storage.set_trial_intermediate_value(trial_id, epoch, objective)
-                self._close(trial_id, earlier.ending, earlier.value)
+                self._close(trial_id, earlier.ending, earlier.value, earlier.history)
             return True
         return False
 
@@ -149,26 +148,37 @@ class Search:
         if not frozen.state.is_finished() and epoch not in frozen.intermediate_values:
             self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, objective)
 
-    def tell(self, trial_id: str, ending: Ending, value: float | None) -> None:
-        """Closes a trial as what it is. Telling a trial twice changes nothing; an interrupted one stays open."""
-        frozen = self._frozen(self.number(trial_id))
-        if ending.outcome is not Outcome.INTERRUPTED and not frozen.state.is_finished():
-            self._close(frozen._trial_id, ending, value)
+    def tell(self, trial_id: str, ending: Ending, value: float | None, history: History = ()) -> None:
+        """Closes a trial as what it is. Telling a trial twice changes nothing; an interrupted one stays open.
 
-    def _close(self, trial_id: int, ending: Ending, value: float | None) -> None:
-        self._storage.set_trial_user_attr(trial_id, ENDING, {"outcome": str(ending.outcome), "reason": ending.reason, "value": value})
-        match ending.outcome:
-            case Outcome.COMPLETED:
-                assert value is not None and math.isfinite(value), "a trial completes with a finite value"
-                self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
-            case Outcome.FAILED:
-                self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            case outcome:
-                seen = self._storage.get_trial(trial_id).intermediate_values
-                if outcome is Outcome.DIVERGED:
-                    self._storage.set_trial_system_attr(trial_id, CONSTRAINT, 1.0)
-                # As Optuna does itself: a pruned trial's value is that of its last step.
-                self._storage.set_trial_state_values(trial_id, TrialState.PRUNED, [seen[max(seen)]] if seen else None)
+        Args:
+            history: What may not have been reported of it yet.
+        """
+        frozen = self._frozen(self.number(trial_id))
+        if not frozen.state.is_finished():
+            self._close(frozen._trial_id, ending, value, history)
+
+    def _close(self, trial_id: int, ending: Ending, value: float | None, history: History) -> None:
+        seen = dict(self._storage.get_trial(trial_id).intermediate_values)
+        with self._file.together():
+            for epoch, objective in history:
+                if epoch not in seen:
+                    self._storage.set_trial_intermediate_value(trial_id, epoch, objective)
+                    seen[epoch] = objective
+            if ending.outcome is Outcome.INTERRUPTED:
+                return
+            self._storage.set_trial_user_attr(trial_id, ENDING, {"outcome": str(ending.outcome), "reason": ending.reason, "value": value})
+            match ending.outcome:
+                case Outcome.COMPLETED:
+                    assert value is not None and math.isfinite(value), "a trial completes with a finite value"
+                    self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
+                case Outcome.FAILED:
+                    self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+                case outcome:
+                    if outcome is Outcome.DIVERGED:
+                        self._storage.set_trial_system_attr(trial_id, CONSTRAINT, 1.0)
+                    # As Optuna does itself: a pruned trial's value is that of its last step.
+                    self._storage.set_trial_state_values(trial_id, TrialState.PRUNED, [seen[max(seen)]] if seen else None)
 
     def trial_id(self, number: int) -> str:
         """`gamma-roles-0007`."""

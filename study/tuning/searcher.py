@@ -12,9 +12,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from study.budget import Meter
+from study.measurement import History
 from study.trial import TrialSpec
 from study.tuning.search import Proposal, Search
-from study.tuning.stopping import EPOCH, OBJECTIVE, History
+from study.tuning.stopping import EPOCH, OBJECTIVE
 from study.tuning.trainables import VALUE, ending_of
 
 
@@ -64,10 +65,9 @@ class JournalSearcher(Searcher):
         ours = self._trial_ids.pop(trial_id, None)
         if ours is None:
             return
-        if result and OBJECTIVE in result:
-            self._search.report(ours, result[EPOCH], result[OBJECTIVE])
+        last = [(result[EPOCH], result[OBJECTIVE])] if result and OBJECTIVE in result else []
         ending, value = ending_of(result, error), (result or {}).get(VALUE)
-        self._search.tell(ours, ending, value)
+        self._search.tell(ours, ending, value, last)
         if self._meter is not None:
             self._meter.end(ending.outcome, value)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from study.measurement import History
 from study.spec import ObjectiveSpec, StoppingSpec
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ OBJECTIVE = "objective"
 
 EPOCH = "epoch"
 """Key of the absolute epoch in a Tune result: Tune's own counter starts again after a restart."""
-
-History = Sequence[tuple[int, float]]
-"""Epoch and objective of a trial's measurements, oldest first."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, without their whole parts, fill [0, 1) evenly, however many there are."""

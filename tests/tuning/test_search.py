@@ -1,6 +1,7 @@
 """The bridge to Optuna is honest: every outcome is told as what it is, and the journal is the only truth."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from optuna.trial import TrialState
 
 from study.measurement import Ending, Outcome
 from study.spec import StudySpec, check
+from study.tuning.journal import JournalFile
 from study.tuning.search import DIVERGED, Proposal, Search
 from study.tuning.searcher import JournalSearcher
 from study.tuning.stopping import EPOCH, OBJECTIVE
@@ -298,3 +300,41 @@ def test_infeasible_trials_keep_tpe_out_of_the_diverging_region(tmp_path: Path) 
         search.tell(proposal.trial_id, Ending(Outcome.DIVERGED, "inf") if diverges else Ending(Outcome.COMPLETED), None if diverges else -lr)
         late.append(diverges) if number >= 40 else None
     assert sum(late) < 20
+
+
+def test_what_is_told_of_a_trial_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(spec(trials=3), tmp_path / "journal.log")
+    first, second, _ = (proposal.trial_id for proposal in asked(search))
+    search.report(first, 1, 0.5)
+    writes: list[int] = []
+    original = JournalFile.append_logs
+
+    def counted(file: JournalFile, logs: list[dict[str, Any]]) -> None:
+        original(file, logs)
+        if file._held is None:
+            writes.append(len(logs))
+
+    monkeypatch.setattr(JournalFile, "append_logs", counted)
+    search.tell(first, Ending(Outcome.STOPPED, "scheduler"), 0.4, [(1, 0.5), (2, 0.4)])
+    search.tell(second, Ending(Outcome.INTERRUPTED), None, [(1, 0.3)])
+    assert writes == [3, 1]
+    (stopped,) = journal(tmp_path / "journal.log")
+    assert (stopped.state, stopped.value, stopped.intermediate_values) == (TrialState.PRUNED, 0.4, {1: 0.5, 2: 0.4})
+    (running,) = journal(tmp_path / "journal.log", "optimizer.gamma=last")
+    assert (running.state, running.intermediate_values) == (TrialState.RUNNING, {1: 0.3})
+
+
+def test_every_proposal_is_forced_to_disk_and_a_failure_to_do_so_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Search(spec(trials=6), tmp_path / "journal.log")
+    forced: list[int] = []
+
+    def fsync(number: int) -> None:
+        forced.append(number)
+        if len(forced) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert search.ask() and search.ask()
+    with pytest.raises(OSError, match="No space left"):
+        search.ask()
+    assert len(forced) == 2

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
+from study.measurement import History
 from study.spec import ObjectiveSpec, StoppingSpec
-from study.tuning.stopping import EPOCH, OBJECTIVE, ArmScheduler, History, Past, bracket_of, brackets, stalled, stopping
+from study.tuning.stopping import EPOCH, OBJECTIVE, ArmScheduler, Past, bracket_of, brackets, stalled, stopping
 
 ASHA = StoppingSpec(scheduler="asha", grace=1, reduction=2)
 

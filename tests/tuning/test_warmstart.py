@@ -14,8 +14,9 @@ from study.home import StudyFolder
 from study.measurement import Ending, Measurement, Outcome
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
+from study.tuning.earlier import earlier_trials, matching, overlap
 from study.tuning.search import DIVERGED, Search
-from study.tuning.warmstart import earlier_trials, matching, overlap, warm_start
+from study.tuning.warmstart import warm_start
 
 LR: dict[str, Any] = {"low": 1e-3, "high": 1.0, "log": True}
 
