@@ -208,6 +208,10 @@ class TrialSpec(Frozen):
         """The spec as plain values, defaults filled in, without what follows from the rest."""
         return self.model_dump(mode="json", exclude={"optimizer": {"intrinsic_lr"}})
 
+    def brief(self) -> str:
+        """The spec as JSON, without what is as by default: for the same version of this program to read."""
+        return self.model_dump_json(exclude_defaults=True, exclude={"optimizer": {"intrinsic_lr"}})
+
     def dotted(self) -> dict[str, Any]:
         """Every field by dotted path: `{"optimizer.lr": 0.1, ...}`."""
         return flatten(self.model_dump(mode="json"))

@@ -107,6 +107,26 @@ def test_lr_and_weight_decay_alone_restore_a_spec(lr: float, product: float) -> 
     assert "intrinsic_lr" not in trial.canonical()["optimizer"]
     assert TrialSpec.model_validate(trial.canonical()) == trial
     assert TrialSpec.model_validate(trial.model_dump(mode="json")) == trial
+    assert TrialSpec.model_validate_json(trial.brief()) == trial
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"optimizer": {"rule": "muon", "aux_lr": 1e-3, "gamma": "inner+last@1", "constraint": {"name": "projection"}}},
+        {
+            "data": {"name": "npz", "path": "x.npz"},
+            "model": {"name": "mlp", "norm": "none", "depth": 3},
+            "schedule": {"shape": "step", "milestones": [0.3]},
+        },
+        {"data": {"name": "import:a.b:c", "args": {"n": 1}}, "loss": "mse", "metrics": ["import:a.b:d"], "precision": "float64"},
+    ],
+)
+def test_a_brief_spec_is_the_same_spec(tree: dict[str, Any]) -> None:
+    trial = TrialSpec.model_validate(tree)
+    assert TrialSpec.model_validate_json(trial.brief()) == trial
+    assert len(trial.brief()) < len(trial.model_dump_json()) / 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Tune events into the ledger. The callback holds a folder's name and nothing else: Tune pickles it."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,16 @@ from ray.tune import Callback
 from study.measurement import Ending, History, Outcome
 from study.spec import ObjectiveSpec
 from study.tracking.outbox import Outbox
+from study.trial import TrialSpec
 from study.tuning.failures import FirstFailures
-from study.tuning.trainables import MEASUREMENT, ending_of
+from study.tuning.trainables import MEASUREMENT, SECONDS, STEP, ending_of
 from study.tuning.trial_files import folder_of, snapshot_path
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
+
+UNREAD = (STEP, SECONDS, "config", "timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore")
+"""Keys of a Tune result that have been read when a callback hears of it."""
 
 
 class LedgerCallback(Callback):
@@ -34,11 +37,13 @@ class LedgerCallback(Callback):
         """A trial was given a process, for the first time or again."""
         config = trial.config
         which = {"arm": config["arm"], "replicate_of": config.get("replicate_of", "")}
-        self._outbox.start(config["trial_id"], trial=json.loads(config["trial"]), tags=config["tags"], **which)
+        self._outbox.start(config["trial_id"], trial=TrialSpec.model_validate_json(config["trial"]).canonical(), tags=config["tags"], **which)
 
     def on_trial_result(self, iteration: int, trials: list["Trial"], trial: "Trial", result: dict[str, Any], **info: Any) -> None:
-        """An epoch was measured. The samples are taken out of the result, which Tune would keep in memory."""
+        """An epoch was measured. What nobody reads again is taken out of the result, which Tune keeps in memory, numbers with their statistics."""
         measurement = result.pop(MEASUREMENT, None)
+        for name in UNREAD:
+            result.pop(name, None)
         if measurement is not None:
             self._outbox.measure(trial.config["trial_id"], measurement)
         # Whoever gets further has all its attempts again: on machines that die a long trial outlives many of them.

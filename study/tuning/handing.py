@@ -3,7 +3,6 @@
 ledger ──plan──> [a-r1, b-r1, a-r2, b-r2]      suggest ──> each once ──> none for now ──> ... ──> the plan is empty: FINISHED
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ class ReplicateSearcher(Searcher):
             "trial_id": one.trial_id,
             "arm": one.arm,
             "replicate_of": one.replicate_of,
-            "trial": json.dumps(one.trial.canonical()),
+            "trial": one.trial.brief(),
             "tags": self._tags(one.trial),
             "epoch": len(history),
             "history": [objective for _, objective in history],

@@ -5,7 +5,6 @@ on_trial_result ──> the objective at an epoch
 on_trial_complete ─> the last result, and how the trial ended
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ class JournalSearcher(Searcher):
             **self._settings,
             "trial_id": proposal.trial_id,
             "arm": proposal.arm,
-            "trial": json.dumps(proposal.trial.canonical()),
+            "trial": proposal.trial.brief(),
             "tags": self._tags(proposal.trial),
             "epoch": len(history),
             "history": [objective for _, objective in history],

@@ -6,7 +6,6 @@ A scheduler compares trials with each other. One scheduler for all arms would le
 arm that blooms late; with one scheduler for each arm, arms are compared by their results alone.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from study.measurement import History
 from study.spec import ObjectiveSpec, StoppingSpec
+from study.trial import TrialSpec
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
@@ -169,7 +169,7 @@ class ArmScheduler(FIFOScheduler):
 
     def _length(self, trial: "Trial") -> int:
         """A trial's epochs, where they matter."""
-        return 0 if self._comparison.longest is None else int(json.loads(trial.config["trial"])["schedule"]["epochs"])
+        return 0 if self._comparison.longest is None else TrialSpec.model_validate_json(trial.config["trial"]).schedule.epochs
 
     def on_trial_result(self, tune_controller: "TuneController", trial: "Trial", result: dict[str, Any]) -> str:
         """The decision of the trial's group."""

@@ -38,11 +38,12 @@ def spec_of(trials: int, sampler: str = "random") -> StudySpec:
 def trivial_trainable() -> Any:
     """A trial whose only epoch is a formula."""
     from study.measurement import Progress
+    from study.trial import TrialSpec
     from study.tuning.trainables import StudyTrainable
 
     class Trivial(StudyTrainable):
         def _advance(self) -> Progress:
-            lr = json.loads(self._config["trial"])["optimizer"]["lr"]
+            lr = TrialSpec.model_validate_json(self._config["trial"]).optimizer.lr
             return Progress(self._trial_id, Measurement(1, 1, {"val/error": lr}, seconds=1e-3), Ending(Outcome.COMPLETED))
 
     return Trivial
