@@ -40,7 +40,7 @@ class Head(NamedTuple):
 
 @contextmanager
 def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpus: int = 2) -> Iterator[Head]:
-    """`ray start --head` in its own temporary directory.
+    """`ray start --head`.
 
     Args:
         folder: For its log, its token and its study home.
@@ -51,30 +51,40 @@ def a_head(folder: Path, host: str = "127.0.0.1", enter: Sequence[str] = (), cpu
     home = folder / "studies"
     home.mkdir(exist_ok=True)
     (folder / "token").write_text(secrets.token_hex(32))
-    # Ray's sockets need a short path.
-    temporary = Path("/tmp") / f"ray-{secrets.token_hex(3)}"
     known = {**own_environment(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
     port, dashboard, client, agent = free_ports(4)
-    options = [f"--num-cpus={cpus}", f"--temp-dir={temporary}", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}"]
+    options = [f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}"]
     options += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
     if host != "127.0.0.1":
         options.append(f"--node-ip-address={host}")
     address = f"http://{host}:{dashboard}"
+    with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options):
+        deadline = time.monotonic() + 120
+        while asked(address, enter) != "401":
+            assert time.monotonic() < deadline, (folder / "head.txt").read_text()
+            time.sleep(0.3)
+        yield Head(address, known, home, (folder / "token").read_text(), port)
+
+
+@contextmanager
+def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> Iterator[None]:
+    """`ray start` while the block lasts; it takes its own processes along, and those of no other Ray.
+
+    In a temporary directory of its own, as on a machine of its own: a node that is to run a job unpacks the job's files anew, and those that
+    another node unpacked in the same place would be gone from under its processes (ray 2.60).
+    """
+    temporary = Path("/tmp") / f"ray-{secrets.token_hex(3)}"  # Ray's sockets need a short path
     try:
-        with a_node(folder / "head.txt", {**known, "STUDY_HOME": str(home)}, enter, "--head", *options):
-            deadline = time.monotonic() + 120
-            while asked(address, enter) != "401":
-                assert time.monotonic() < deadline, (folder / "head.txt").read_text()
-                time.sleep(0.3)
-            yield Head(address, known, home, (folder / "token").read_text(), port)
+        with _a_node_in(temporary, log, environment, enter, *options):
+            yield
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def a_node(log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> Iterator[None]:
-    """`ray start` while the block lasts; it takes its own processes along, and those of no other Ray."""
+def _a_node_in(temporary: Path, log: Path, environment: Mapping[str, str], enter: Sequence[str], *options: str) -> Iterator[None]:
     command = [*enter, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=200000000", "--disable-usage-stats"]
+    command.append(f"--temp-dir={temporary}")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for _ in range(TRIES):
         with log.open("wb") as out:
