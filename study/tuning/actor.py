@@ -1,6 +1,6 @@
 """Engine actors: fused engines in processes of their own, where Ray placed the trials, owned by the study and gone with it.
 
-    proxy ──engine(node)──> Pool ──makes, pings, replaces──> EngineActor       one per core, or per GPU
+    proxy ──engine(node)──> Pool ──makes, pings, replaces──> EngineActor       one per core, or on each GPU
     proxy ──next(trial, epoch)──────────────────────────────>│ waits for the others ─ tick ─ Progress
     proxy <──────────────────────────────────────────────────┘
 
@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
 from study.tuning.failures import failed, kind
+from study.tuning.placement import Pool
 from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
@@ -265,94 +266,22 @@ def _failed(trial_id: str, error: Exception) -> Progress:
     return Progress(trial_id, Measurement(0, 0, {}), failed(error))
 
 
-class Pool:
-    """Makes the engines of a study where they are asked for, and replaces those that died. An actor itself, next to the driver."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        """Makes an empty pool.
-
-        Args:
-            settings: Arguments of every EngineActor.
-        """
-        self._settings = settings
-        self._engines: dict[tuple[str, str], Any] = {}
-        self._proxies: dict[str, tuple[str, str]] = {}
-        if settings["device"] == "cpu":
-            # Before the proxies: Ray starts few processes at once, and without engines nobody trains.
-            here = ray.get_runtime_context().get_node_id()
-            self._engines = {(here, name): self._started(here, name) for name in _core_names(here)}
-
-    def engine(self, proxy: str, node: str, gpu: str, lost: bool = False) -> Any:
-        """The engine of a proxy: the one on its GPU, or the one of its node's cores with the fewest proxies.
-
-        Args:
-            gpu: The id of the GPU that Ray gave the proxy; empty where it has none.
-            lost: Whether the proxy could not reach the engine that it was given before, so that it must be seen to live.
-        """
-        key = self._proxies.get(proxy)
-        if key is None:
-            names = [f"gpu {gpu}"] if gpu else _core_names(node)
-            load = list(self._proxies.values())
-            key = min(((node, name) for name in names), key=load.count)
-            self._proxies[proxy] = key
-        handle = self._engines.get(key)
-        if handle is None or (lost and not _is_alive(handle)):
-            handle = self._engines[key] = self._started(*key)
-        return handle
-
-    def wait(self) -> None:
-        """Returns once every engine's process is there."""
-        ray.get([handle.ping.remote() for handle in self._engines.values()])
-
-    def leave(self, proxy: str) -> None:
-        """A proxy has ended."""
-        self._proxies.pop(proxy, None)
-
-    def occupancy(self) -> list[list[int]]:
-        """Of every living engine: the trials that each tick trained so far."""
-        return ray.get([handle.occupancy.remote() for handle in self._engines.values()])
-
-    def _started(self, node: str, name: str) -> Any:
-        kind, _, number = name.partition(" ")
-        # One that asks for no environment of its own takes a process that Ray started beforehand.
-        environment = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": number}}} if kind == "gpu" else {}
-        placed = ray.remote(EngineActor).options(
-            num_cpus=0,
-            max_concurrency=1000,
-            **environment,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        )
-        return placed.remote(**self._settings)
-
-
-def _core_names(node: str) -> list[str]:
-    """A name for each CPU that a node offers to Ray."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    cores = next((int(found["Resources"].get("CPU", 0)) for found in nodes if found["NodeID"] == node), 0)
-    return [f"core {number}" for number in range(max(1, cores))]
-
-
 @contextmanager
 def pool(settings: dict[str, Any]) -> Iterator[str]:
     """The name of a pool of engines, which lives, with them, as long as the block and this process do.
 
     Args:
-        settings: Arguments of every EngineActor.
+        settings: Arguments of every EngineActor, and `engines_per_gpu` where that is not 1.
     """
+    arguments = dict(settings)
+    engines_per_gpu = arguments.pop("engines_per_gpu", 1)
     name = f"engines-{uuid.uuid4().hex}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # A pool that dies takes its engines along; one that is started again makes new ones, and the trials go on from their snapshots.
     lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    handle: Any = ray.remote(Pool).options(name=name, scheduling_strategy=here, **lasting).remote(settings)
+    handle: Any = ray.remote(Pool).options(name=name, scheduling_strategy=here, **lasting).remote(EngineActor, arguments, engines_per_gpu)
     try:
         ray.get(handle.wait.remote())
         yield name
     finally:
         ray.kill(handle)
-
-
-def _is_alive(handle: Any) -> bool:
-    try:
-        return bool(ray.get(handle.ping.remote(), timeout=60))
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return False

@@ -1,0 +1,99 @@
+"""Placement: which engine a proxy gets, and where engines run: one per core of the driver's node and of those that trials reach, or on each GPU.
+
+    proxy on (node, GPU) ──engine──> Pool ──makes, pings, replaces──> engine at Place(node, GPU, number)
+
+Engines follow the proxies, and Ray places those: where a node with a GPU joins, its first proxy has an engine made there; where one leaves,
+its proxies are placed anew and ask again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+class Place(NamedTuple):
+    """Where an engine runs."""
+
+    node: str
+    gpu: str
+    """As Ray names it: a number, or whatever `CUDA_VISIBLE_DEVICES` held when Ray was started there, such as `MIG-41b3...`; empty for a core."""
+    number: int
+    """Of the core, or among the engines that share the GPU."""
+
+
+class Pool:
+    """Makes the engines of a study where they are asked for, and replaces those that died. An actor itself, next to the driver."""
+
+    def __init__(self, engine: type, settings: Mapping[str, Any], engines_per_gpu: int = 1) -> None:
+        """Makes an empty pool.
+
+        Args:
+            engine: The class of the engines, which become actors.
+            settings: Arguments of every engine, `device` among them.
+            engines_per_gpu: How many share one GPU.
+        """
+        self._class, self._settings, self._engines_per_gpu = engine, settings, engines_per_gpu
+        self._engines: dict[Place, Any] = {}
+        self._proxies: dict[str, Place] = {}
+        if settings["device"] == "cpu":
+            # Before the proxies: Ray starts few processes at once, and without engines nobody trains.
+            self._engines = {place: self._started(place) for place in self._places(ray.get_runtime_context().get_node_id(), "")}
+
+    def engine(self, proxy: str, node: str, gpu: str, lost: bool = False) -> Any:
+        """The engine of a proxy: of those on its GPU, or on its node's cores, the one with the fewest proxies.
+
+        Args:
+            proxy: Its name. It keeps its engine for as long as it stays where it is.
+            node: Where Ray placed it.
+            gpu: The id of the GPU that Ray gave it; empty where it has none.
+            lost: Whether the proxy could not reach the engine that it was given before, so that it must be seen to live.
+        """
+        place = self._proxies.get(proxy)
+        if place is None or (place.node, place.gpu) != (node, gpu):
+            load = list(self._proxies.values())
+            place = self._proxies[proxy] = min(self._places(node, gpu), key=load.count)
+        handle = self._engines.get(place)
+        if handle is None or (lost and not _is_alive(handle)):
+            handle = self._engines[place] = self._started(place)
+        return handle
+
+    def wait(self) -> None:
+        """Returns once every engine's process is there."""
+        ray.get([handle.ping.remote() for handle in self._engines.values()])
+
+    def leave(self, proxy: str) -> None:
+        """A proxy has ended."""
+        self._proxies.pop(proxy, None)
+
+    def occupancy(self) -> list[list[int]]:
+        """Of every living engine: the trials that each tick trained so far."""
+        return ray.get([handle.occupancy.remote() for handle in self._engines.values()])
+
+    def _places(self, node: str, gpu: str) -> list[Place]:
+        return [Place(node, gpu, number) for number in range(self._engines_per_gpu if gpu else _cores(node))]
+
+    def _started(self, place: Place) -> Any:
+        # One that asks for no environment of its own takes a process that Ray started beforehand.
+        environment = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": place.gpu}}} if place.gpu else {}
+        placed: Any = ray.remote(self._class).options(
+            num_cpus=0,
+            max_concurrency=1000,
+            **environment,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+        )
+        return placed.remote(**self._settings)
+
+
+def _cores(node: str) -> int:
+    """How many CPUs a node offers to Ray, at least one."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return max(1, next((int(found["Resources"].get("CPU", 0)) for found in nodes if found["NodeID"] == node), 0))
+
+
+def _is_alive(handle: Any) -> bool:
+    try:
+        return bool(ray.get(handle.ping.remote(), timeout=60))
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return False
