@@ -58,9 +58,9 @@ class Meter:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours of training. A fused engine has a GPU of its own, and the time of its trials adds up to its time."""
+        """GPU-hours of training. A fused engine has its share of a GPU to itself, and the time of its trials adds up to its time."""
         resources = self.spec.resources
-        share = 1.0 if resources.engine == "fused" and resources.gpus_per_trial else resources.gpus_per_trial
+        share = 1 / resources.engines_per_gpu if resources.engine == "fused" and resources.gpus_per_trial else resources.gpus_per_trial
         return self.seconds * share / 3600
 
     def reached(self, wall: float) -> str:

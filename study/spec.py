@@ -31,6 +31,9 @@ PRODUCT = ("optimizer.lr", "optimizer.weight_decay", "optimizer.intrinsic_lr")
 LAYER_METRICS = ("effective_lr/median", "rotation/median", "rotation_ratio/median")
 """Summaries of the layers that can serve as an objective."""
 
+LEAST_SHARE = 0.01
+"""Of a GPU, that an engine may take."""
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -44,9 +47,16 @@ def _seconds(value: object) -> object:
     return value
 
 
+def _share_of_a_gpu(value: object) -> object:
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and LEAST_SHARE <= value <= 1):
+        return value
+    raise ValueError(f"must be auto or a number from {LEAST_SHARE} to 1, as an engine trains on one GPU; use 1, or 0.5 for two engines on each GPU")
+
+
 _NUMBER_OR_TEXT = {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": rf"^\s*{_DURATION.pattern}\s*$"}]}
 """What an editor that reads the JSON Schema takes for a duration."""
 Duration: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False), WithJsonSchema(_NUMBER_OR_TEXT)]
+EngineShare: TypeAlias = Annotated[Literal["auto"] | Annotated[float, Field(ge=LEAST_SHARE, le=1)], BeforeValidator(_share_of_a_gpu)]
 StudyName: TypeAlias = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=64)]
 
 
@@ -147,10 +157,17 @@ class ResourcesSpec(Frozen):
     """Share of a GPU that a trial reserves; 0 trains on the CPU."""
     slots: Literal["auto"] | Annotated[int, BeforeValidator(not_a_boolean), Field(ge=1)] = "auto"
     """How many trials one fused engine trains at once; the solo engine has one slot."""
-    gpus_per_engine: Literal["auto"] = "auto"
-    """How much of a GPU one engine takes; the solo engine takes `gpus_per_trial`."""
+    gpus_per_engine: EngineShare = "auto"
+    """How much of a GPU one fused engine takes: 1, which is `auto`, or less, so that as many as fit share each GPU; two with 0.5. The solo
+    engine takes `gpus_per_trial`."""
     max_failures: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 3
     """How often in a row, without a new epoch in between, a trial may lose its process or node; each time it goes on from its latest snapshot."""
+
+    @property
+    def engines_per_gpu(self) -> int:
+        """How many fused engines share one GPU; 1 where trials train on the CPU."""
+        share = 1.0 if self.gpus_per_engine == "auto" or not self.gpus_per_trial else self.gpus_per_engine
+        return int(1 / share + 1e-9)
 
 
 class KeepSpec(Frozen):

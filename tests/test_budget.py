@@ -24,7 +24,13 @@ def spec(direction: str = "minimize", resources: dict[str, Any] | None = None, *
 
 @pytest.mark.parametrize(
     ("resources", "hours"),
-    [({}, 0.0), ({"gpus_per_trial": 1}, 2.0), ({"gpus_per_trial": 0.25}, 0.5), ({"gpus_per_trial": 0.25, "engine": "fused"}, 2.0)],
+    [
+        ({}, 0.0),
+        ({"gpus_per_trial": 1}, 2.0),
+        ({"gpus_per_trial": 0.25}, 0.5),
+        ({"gpus_per_trial": 0.25, "engine": "fused"}, 2.0),
+        ({"gpus_per_trial": 0.25, "engine": "fused", "gpus_per_engine": 0.5}, 1.0),
+    ],
 )
 def test_gpu_hours_count_training_by_share(resources: dict[str, Any], hours: float) -> None:
     """Trials of a fused engine divide its time among them, so that their times add up to the engine's."""

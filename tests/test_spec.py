@@ -468,6 +468,21 @@ def test_fields_that_an_axis_names_must_take_its_value(space: dict[str, Any], co
     assert str(caught.value) == complaint
 
 
+@pytest.mark.parametrize("share", [2, 0, -1, 0.001, True, "half", None, float("nan")])
+def test_an_engine_takes_one_gpu_or_a_share_of_one(share: object) -> None:
+    [complaint] = complaints(tree(resources={"gpus_per_engine": share}))
+    assert complaint.startswith("resources.gpus_per_engine: must be auto or a number from 0.01 to 1, as an engine trains on one GPU (got ")
+    assert complaint.endswith("; use 1, or 0.5 for two engines on each GPU")
+
+
+@pytest.mark.parametrize(("share", "engines"), [("auto", 1), (1, 1), (0.6, 1), (0.5, 2), (1 / 3, 3), (0.33, 3), (0.2, 5), (0.1, 10), (0.01, 100)])
+def test_as_many_engines_as_fit_share_a_gpu(share: float | str, engines: int) -> None:
+    spec = check(tree(resources={"gpus_per_trial": 1, "gpus_per_engine": share}))
+    assert spec.resources.engines_per_gpu == engines
+    assert check(yaml.safe_load(spec.to_yaml())) == spec
+    assert check(tree(resources={"gpus_per_engine": share})).resources.engines_per_gpu == 1  # on the CPU
+
+
 def test_an_assignment_reaches_into_the_arguments_of_the_users_own_code() -> None:
     trial = {"model": {"name": "import:own.nets:build", "args": {"depth": 2, "width": 8}}}
     spec = check(tree(trial=trial, space={"model.args.depth": {"low": 1, "high": 4}}))

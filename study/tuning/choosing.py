@@ -48,10 +48,13 @@ class Choice:
     gain: float
     """Trial-epochs per CPU second, fused over solo; 0 where it was not measured."""
     why: str
+    engines_per_gpu: int = 1
+    """Fused engines that share one GPU, where there is one."""
 
     def document(self) -> dict[str, object]:
         """The part of `study plan --json` that tells of it."""
-        return {"name": self.engine, "slots": self.slots, "arithmetic": self.arithmetic, "gain": self.gain, "why": self.why}
+        told = {"name": self.engine, "slots": self.slots, "engines_per_gpu": self.engines_per_gpu}
+        return {**told, "arithmetic": self.arithmetic, "gain": self.gain, "why": self.why}
 
 
 def choose(spec: StudySpec, home: Path) -> Choice:
@@ -91,7 +94,8 @@ def _tried(spec: StudySpec, home: Path, asked_for: bool) -> Choice:
     if found.why:
         return solo_engine(f"its model cannot be fused: {found.why}")
     if asked_for or _pays(work, slots, found.gain):
-        return Choice("fused", slots, found.arithmetic, found.gain, f"{slots} trials in one step train {found.gain:.1f} times as fast per core")
+        why = f"{slots} trials in one step train {found.gain:.1f} times as fast per core"
+        return Choice("fused", slots, found.arithmetic, found.gain, why, spec.resources.engines_per_gpu)
     why = f"{slots} trials in one step would train {found.gain:.1f} times as fast per core, which does not make up for their start"
     return Choice("solo", 1, "", found.gain, why)
 

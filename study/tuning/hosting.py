@@ -179,11 +179,15 @@ def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any]) -> It
     from study.tuning.actor import pool
 
     arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
-    with pool({**arguments, "keep": settings["keep_weights"]}) as name:
+    with pool({**arguments, "keep": settings["keep_weights"], "engines_per_gpu": choice.engines_per_gpu}) as name:
         settings["pool"] = name
-        # Rounded down, so that as many proxies as slots fit.
-        share = int(10_000 / choice.slots) / 10_000
+        share = share_of_a_proxy(choice)
         yield FusedTrainable, {"cpu": 0.0, "gpu": share} if resources.gpus_per_trial else {"cpu": share}
+
+
+def share_of_a_proxy(choice: Choice) -> float:
+    """What the proxy of a trial reserves of its core or GPU, so that as many fit as the engines there have slots: in steps of Ray's, rounded down."""
+    return max(1, int(10_000 / (choice.slots * choice.engines_per_gpu))) / 10_000
 
 
 def _tags(trial: TrialSpec) -> dict[str, str]:

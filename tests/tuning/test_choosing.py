@@ -11,6 +11,7 @@ from study.spec import StudySpec, check
 from study.trial import TrialSpec
 from study.tuning import choosing
 from study.tuning.choosing import MOST_SLOTS, choose
+from study.tuning.hosting import share_of_a_proxy
 
 TRIAL: dict[str, Any] = {
     "data": {"batch_size": 32, "train_size": 320},
@@ -93,7 +94,8 @@ def test_trials_that_differ_in_numbers_are_fused(path: str, axis: dict[str, Any]
     chosen = choose(spec({path: axis}), tmp_path)
     assert (chosen.engine, chosen.arithmetic, chosen.gain) == ("fused", "converted", 3.0)
     assert chosen.why == f"{MOST_SLOTS} trials in one step train 3.0 times as fast per core"
-    assert chosen.document() == {"name": "fused", "slots": MOST_SLOTS, "arithmetic": "converted", "gain": 3.0, "why": chosen.why}
+    told = {"name": "fused", "slots": MOST_SLOTS, "engines_per_gpu": 1, "arithmetic": "converted", "gain": 3.0, "why": chosen.why}
+    assert chosen.document() == told
 
 
 @pytest.mark.parametrize("path", [*STRUCTURAL, *NUMBERS, "schedule.decay.shape", "trace.every", "model.args.width", "optimizer.constraint.bound"])
@@ -142,6 +144,15 @@ def test_slots_fit_the_trials_of_a_core(trials: int, slots: int, tmp_path: Path)
 def test_a_short_study_starts_fewer_processes(epochs: int, slots: int, tmp_path: Path) -> None:
     """60, 120 and 240 CPU seconds of work; the processes of another slot on both cores take four."""
     assert choose(spec(trial={"schedule": {"epochs": epochs}}, resources={"engine": "fused"}), tmp_path).slots == slots
+
+
+@pytest.mark.parametrize(("slots", "engines"), [(8, 1), (8, 2), (7, 3), (2, 50)])
+def test_as_many_proxies_fit_on_a_gpu_as_its_engines_have_slots(slots: int, engines: int, tmp_path: Path) -> None:
+    resources = {"engine": "fused", "gpus_per_trial": 1, "slots": slots, "gpus_per_engine": 1 / engines}
+    chosen = choose(spec(resources=resources), tmp_path)
+    assert (chosen.slots, chosen.engines_per_gpu) == (slots, engines)
+    share = share_of_a_proxy(chosen)
+    assert 10_000 // round(10_000 * share) == slots * engines  # Ray counts in such parts
 
 
 def test_slots_that_are_asked_for_are_given(tmp_path: Path, examiner: Examiner) -> None:

@@ -6,13 +6,18 @@ No engine trains here: what is looked at is where the pool puts them for the pro
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from study.spec import check
+from study.tuning.choosing import Choice
+from study.tuning.hosting import _trained_by, settings_of
 from study.tuning.placement import Pool
+from study.tuning.trainables import FusedTrainable
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -130,3 +135,18 @@ def test_slices_of_a_gpu_are_gpus_and_engines_may_share_one() -> None:
         assert sorted(gpu for _, gpu in found) == SLICES
         for shared in found.values():
             assert sorted(shared.count(engine) for engine in set(shared)) == [2, 2]  # two engines on each slice, of two proxies each
+
+
+def test_a_study_that_asks_for_half_a_gpu_for_an_engine_has_two_on_each() -> None:
+    resources = {"engine": "fused", "gpus_per_trial": 1, "gpus_per_engine": 0.5, "slots": 4}
+    studied = check({"name": "halves", "space": {"seed": {"choices": [0, 1]}}, "search": {"trials": 2}, "resources": resources})
+    choice = Choice("fused", 4, "converted", 2.0, "", studied.resources.engines_per_gpu)
+    with a_cluster({"num_gpus": 1}) as cluster:
+        settings = settings_of(studied, Path("halves"))
+        [node] = [machine.node_id for machine in cluster.worker_nodes]
+        with _trained_by(choice, studied, settings) as (trainable, share):
+            assert (trainable, share) == (FusedTrainable, {"cpu": 0.0, "gpu": 0.125})
+            pool = ray.get_actor(settings["pool"])
+            given = ray.get([pool.engine.remote(f"proxy {number}", node, "0") for number in range(8)])
+            assert sorted(given.count(engine) for engine in set(given)) == [4, 4]
+            assert ray.get([engine.ping.remote() for engine in set(given)]) == [True, True]
