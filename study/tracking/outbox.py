@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from study.errors import HomeError
 from study.measurement import Ending, LayerSample, Measurement, Outcome, TrialRecord, finite
+from study.tracking.remedies import remedy_for
 
 FILE = "outbox.sqlite"
 """The ledger's name in the study's folder."""
@@ -316,7 +317,7 @@ class Outbox:
         """All that the block writes, or nothing.
 
         Raises:
-            HomeError: if the disk is full, or may not be written any more.
+            HomeError: if the disk is full, or the file locked, damaged or not to be written any more.
         """
         db = self._db
         try:
@@ -328,9 +329,10 @@ class Outbox:
                 if db.in_transaction:  # SQLite itself gives up some that meet a full disk
                     db.execute("ROLLBACK")
                 raise
-        except sqlite3.OperationalError as error:
-            where, remedy = str(self.folder / FILE), "free some space there, then start the study again: nothing that was measured before is lost"
-            raise HomeError(f"the study's ledger cannot be written ({error})", where=where, remedy=remedy) from error
+        except sqlite3.DatabaseError as error:
+            if not (remedy := remedy_for(error)):
+                raise
+            raise HomeError(f"the study's ledger cannot be written ({error})", where=str(self.folder / FILE), remedy=remedy) from error
 
 
 def _open(folder: Path) -> sqlite3.Connection:
@@ -343,7 +345,8 @@ def _open(folder: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         db.executescript(_SCHEMA)
     except (OSError, sqlite3.Error) as error:
-        raise HomeError(f"the study's ledger cannot be opened ({error})", where=str(path), remedy="check the disk and your rights to it") from error
+        remedy = remedy_for(error) or "check the disk and your rights to it"
+        raise HomeError(f"the study's ledger cannot be opened ({error})", where=str(path), remedy=remedy) from error
     return db
 
 

@@ -8,7 +8,6 @@
 A diverged trial has not failed: its numbers are an answer, and are not asked for again.
 """
 
-import errno
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,7 @@ import ray
 
 from study.errors import ClusterLost, HomeError, StudyError
 from study.measurement import Ending, Outcome, Reason
-
-NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What the system says where nothing can be written any more."""
+from study.tracking.remedies import remedy_for
 
 WITHOUT_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory")
 """What torch says, in a RuntimeError, when memory runs out."""
@@ -64,8 +61,7 @@ def named(where: str) -> Iterator[None]:
             match cause:
                 case StudyError():
                     raise cause from None
-                case OSError() if cause.errno in NO_DISK:
-                    remedy = "free some space there, then start the study again: nothing that was measured before is lost"
+                case OSError() if remedy := remedy_for(cause):
                     raise HomeError(f"the study's files cannot be written ({cause.strerror})", where=where, remedy=remedy) from error
                 case ray.exceptions.RayError() | ConnectionError():
                     said = " ".join(str(cause).split())[:200]

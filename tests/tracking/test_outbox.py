@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,6 +307,61 @@ def test_a_full_disk_is_an_error_that_says_so_and_damages_nothing(outbox: Outbox
     db = sqlite3.connect(outbox.folder / FILE)
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     db.close()
+
+
+def sized(outbox: Outbox) -> None:
+    outbox._db.execute("PRAGMA max_page_count = 1")
+
+
+def unwritable(outbox: Outbox) -> None:
+    outbox._db.execute("PRAGMA query_only = 1")
+
+
+def scratched(outbox: Outbox) -> None:
+    outbox.close()
+    content = (outbox.folder / FILE).read_bytes()
+    (outbox.folder / FILE).write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+
+
+def replaced(outbox: Outbox) -> None:
+    outbox.close()
+    (outbox.folder / FILE).unlink()
+    (outbox.folder / FILE).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("happens", "complaint"),
+    [
+        (sized, "cannot be written (database or disk is full); free some space there, then start the study again"),
+        (unwritable, "cannot be written (attempt to write a readonly database); see that the disk is mounted for writing"),
+        (scratched, "(database disk image is malformed); put back a copy"),
+        (replaced, "cannot be opened (unable to open database file); see that the folder is there"),
+    ],
+)
+def test_each_thing_that_keeps_from_writing_has_its_own_remedy(outbox: Outbox, happens: Callable[[Outbox], None], complaint: str) -> None:
+    started(outbox, "a")
+    happens(outbox)
+    with pytest.raises(HomeError) as caught:
+        started(outbox, *(f"b{number}" for number in range(300)))
+    assert str(caught.value).startswith(f"{outbox.folder / FILE}: the study's ledger ") and complaint in str(caught.value)
+
+
+def test_a_ledger_that_another_process_holds_is_an_error_that_says_so(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("study.tracking.outbox.PATIENCE", 0.05)
+    started(outbox, "a")
+    with closing(sqlite3.connect(outbox.folder / FILE, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(HomeError, match=r"cannot be written \(database is locked\); end the other process that holds the file"):
+            started(outbox, "b")
+    started(outbox, "b")
+    assert len(outbox.running()) == 2
+
+
+def test_a_bug_is_not_blamed_on_the_disk(outbox: Outbox) -> None:
+    started(outbox, "a")
+    outbox._db.execute("DROP TABLE events")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        started(outbox, "b")
 
 
 def test_the_first_note_of_a_silence_keeps_its_time_until_the_store_answers(outbox: Outbox) -> None:

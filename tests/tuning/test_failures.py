@@ -160,6 +160,12 @@ class TestWhatEndsAStudy:
         with pytest.raises(HomeError, match=r"cannot be written \(No space left on device\); free some space"):
             self.through_tune(OSError(errno.ENOSPC, "No space left on device"))
 
+    def test_what_else_the_system_says_has_its_own_remedy(self) -> None:
+        with pytest.raises(HomeError, match=r"cannot be written \(Read-only file system\); see that the disk is mounted for writing"):
+            self.through_tune(OSError(errno.EROFS, "Read-only file system"))
+        with pytest.raises(TuneError):
+            self.through_tune(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+
     def test_our_own_errors_are_what_they_are(self) -> None:
         with pytest.raises(HomeError, match="full"):
             self.through_tune(HomeError("full"))
