@@ -154,3 +154,10 @@ def test_nodes_have_the_project_where_they_install_it_from() -> None:
 def test_images_hold_the_pinned_ray() -> None:
     docker = cluster()["docker"]
     assert {image.split(":")[1].split("-")[0] for image in (docker["head_image"], docker["worker_image"])} == {pins()["ray"]}
+
+
+def test_the_image_of_the_services_copies_files_that_are_in_its_folder() -> None:
+    file = ROOT / "examples" / "services" / "compose.yaml"
+    build = yaml.safe_load(file.read_text("utf-8"))["x-mlflow"]["build"]
+    copied = re.findall(r"^COPY (\S+)", build["dockerfile_inline"], re.MULTILINE)
+    assert copied and all((file.parent / build["context"] / name).is_file() for name in copied)

@@ -4,17 +4,22 @@ Debian's PostgreSQL is started on loopback as another user, as it refuses root; 
 """
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from study.tracking.recorder import Recorder
 from tests.conftest import ROOT, own_environment, run_study, serving
@@ -193,6 +198,62 @@ def test_a_study_has_the_same_results_on_postgresql(postgresql: str, tmp_path: P
     tables = [pd.read_parquet(tmp_path / home / "same" / "trials.parquet").set_index("trial_id").sort_index() for home in ("sqlite", "postgresql")]
     differing = [column for column in tables[0] if column not in ("seconds", "run_id") and not tables[0][column].equals(tables[1][column])]
     assert differing == []
+
+
+def services(**values: str) -> dict[str, dict[str, Any]]:
+    """The services of the compose file, with these variables in it."""
+
+    def replaced(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else values.get(found[1], found[2])
+
+    text = (ROOT / "examples" / "services" / "compose.yaml").read_text("utf-8")
+    found: dict[str, dict[str, Any]] = yaml.safe_load(re.sub(r"\$\$|\$\{(\w+):[-?]([^}]*)\}", replaced, text))["services"]
+    return found
+
+
+def test_what_the_compose_file_runs_works_together(postgresql: str, tmp_path: Path) -> None:
+    """Its commands with its settings, in its order, on this machine in place of containers."""
+    from mlflow import MlflowClient
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    described = services(POSTGRES_PASSWORD="secret", MLFLOW_ALLOWED_HOSTS=f"localhost:{port},127.0.0.1:{port}")
+    tables, server = described["tables"], described["mlflow"]
+    assert tables["environment"] == server["environment"]
+    name, here = described["db"]["environment"]["POSTGRES_DB"], postgresql.partition("@")[2]
+    settings = {**server["environment"], "MLFLOW_BACKEND_STORE_URI": server["environment"]["MLFLOW_BACKEND_STORE_URI"].replace("@db/", f"@{here}/")}
+    assert settings["MLFLOW_BACKEND_STORE_URI"] == f"postgresql://mlflow:secret@{here}/{name}"
+    ready = described["db"]["healthcheck"]["test"][1].replace("127.0.0.1", f"127.0.0.1 --port {here.partition(':')[2]}")
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{binaries()}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        **settings,
+    }
+    database(postgresql, name)
+
+    def runs(*command: str) -> bool:
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True).returncode == 0
+
+    assert runs("sh", "-c", ready)
+    assert runs(*tables["command"])
+    own = {"5000": port, "/artifacts": str(tmp_path / "artifacts")}
+    command = [own.get(word, word) for word in server["command"]]
+    running = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        kind, *check = (word.replace("5000", port) for word in server["healthcheck"]["test"])
+        assert kind == "CMD"
+        while not runs(*check):
+            assert running.poll() is None
+        client = MlflowClient(f"http://127.0.0.1:{port}")
+        run = client.create_run(client.create_experiment("served")).info.run_id
+        client.log_text(run, "kept", "note.txt")
+        assert [path.read_text() for path in (tmp_path / "artifacts").rglob("note.txt")] == ["kept"]
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/api/3.0/mlflow/server-info", headers={"Host": "head:5000"}))
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
 
 
 def test_a_recorder_on_postgresql_says_when_it_is_not_there(tmp_path: Path) -> None:
