@@ -250,7 +250,7 @@ def submit(
 
     The files of the current folder go along, without hidden ones, environments and studies.
     """
-    from study.cluster import connect
+    from study.cluster.client import connect
 
     spec = load_spec(spec_file, overrides or ())
     cluster = connect(address)
@@ -279,7 +279,7 @@ def logs(
         folder = StudyFolder.find(home_path(home), name)
         message = "a study that runs on this machine prints in the terminal that started it, and keeps no log"
         raise errors.NotFound(message, where=str(folder.path), remedy="`study status` shows where it stands; for one on a cluster, give --address")
-    from study.cluster import connect
+    from study.cluster.client import connect
 
     cluster = connect(address)
     try:
@@ -298,7 +298,7 @@ def stop(name: Name, address: Address = None, home: Home = None, as_json: Json =
         folder.stop()
         found, again = status_of(folder), "the same `study run` goes on with it"
     else:
-        from study.cluster import connect
+        from study.cluster.client import connect
 
         cluster = connect(address)
         [found] = cluster.statuses([cluster.stop(name)])
@@ -310,7 +310,7 @@ def stop(name: Name, address: Address = None, home: Home = None, as_json: Json =
 def list_studies(home: Home = None, address: Address = None, as_json: Json = False) -> None:
     """List the studies of a home, or those that were submitted to a cluster."""
     if address is not None:
-        from study.cluster import connect
+        from study.cluster.client import connect
 
         cluster = connect(address)
         submitted = cluster.statuses(cluster.latest_of_each())
@@ -331,7 +331,7 @@ def status(name: Name, home: Home = None, address: Address = None, as_json: Json
     if address is None:
         found = status_of(StudyFolder.find(home_path(home), name))
     else:
-        from study.cluster import connect
+        from study.cluster.client import connect
 
         cluster = connect(address)
         [found] = cluster.statuses([cluster.latest(name)])

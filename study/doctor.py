@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from study.cluster.sealing import token_of
 from study.errors import ClusterError, StudyError
-from study.sealing import token_of
 from study.tracking.names import masked
 from study.tracking.store import connect, sqlite_path
 
@@ -71,7 +71,7 @@ def examine_cluster(address: str, home: str, tracking_uri: str | None) -> list[C
         home: The study home there; empty for the cluster's own.
         tracking_uri: The MLflow store as the head reaches it.
     """
-    from study.cluster import connect
+    from study.cluster.client import connect
 
     try:
         cluster = connect(address)

@@ -1,7 +1,7 @@
 """Job: what runs on the head of a cluster when a study is submitted to it, or asked about.
 
 python -m study.job run SPEC [--home DIR]      sealed settings opened, imports checked, then `study run`
-python -m study.job status NAME=HOME ...       one line for `study.cluster`, with one document for each study
+python -m study.job status NAME=HOME ...       one line for `study.cluster.client`, with one document for each study
 python -m study.job doctor [--home DIR]        the same with checks, and whether every node sees the home
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from study.cli import main as command_line
-from study.cluster import ANSWER
+from study.cluster.client import ANSWER
+from study.cluster.sealing import SEALED, token_of, unseal
+from study.cluster.shipping import import_problems
 from study.errors import HomeError, SpecError, StudyError
 from study.home import StudyFolder, tracking_uri_for
-from study.sealing import SEALED, token_of, unseal
-from study.shipping import import_problems
 from study.spec import load_spec
 from study.tuning.status import status
 

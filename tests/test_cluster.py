@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from study.attempts import Attempt
 from study.cli import main
-from study.cluster import ANSWER, Cluster, connect
+from study.cluster.attempts import Attempt
+from study.cluster.client import ANSWER, Cluster, connect
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
 from study.spec import StudySpec, check
 from study.tracking.recorder import COMMIT, git_commit
@@ -74,7 +74,7 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("study.cluster.git_commit", lambda: "c0ffee")
+    monkeypatch.setattr("study.cluster.client.git_commit", lambda: "c0ffee")
 
 
 def spec(name: str = "tiny", epochs: int = 2, **sections: Any) -> StudySpec:

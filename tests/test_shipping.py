@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from study import shipping
 from study.cli import main
+from study.cluster import shipping
+from study.cluster.sealing import seal, token_of, unseal
+from study.cluster.shipping import PLAIN, SECRET, SPEC, forwarded, import_problems, packed, shipped_files
 from study.errors import ClusterError
-from study.sealing import seal, token_of, unseal
-from study.shipping import PLAIN, SECRET, SPEC, forwarded, import_problems, packed, shipped_files
 from study.spec import StudySpec, check, load_spec
 
 

@@ -1,4 +1,4 @@
-"""Cluster: submit, follow and stop studies as Ray jobs.
+"""Client: submit, follow and stop studies as Ray jobs.
 
 spec, folder, settings ──submit──> attempt gains-3 ──on the head: study.job──> study run ──> the home on shared storage
                                    logs, stop: of the latest attempt
@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.attempts import RUNNING, Attempt, attempt_of, status_of
+from study.cluster.attempts import RUNNING, Attempt, attempt_of, status_of
+from study.cluster.sealing import SEALED, seal, token_of
+from study.cluster.shipping import SPEC, Settings, forwarded, import_problems, packed, shipped_files
 from study.errors import ClusterError, NameTaken, NotFound, NotRunning, SpecError
-from study.sealing import SEALED, seal, token_of
-from study.shipping import SPEC, Settings, forwarded, import_problems, packed, shipped_files
 from study.spec import StudySpec
 from study.tracking.recorder import COMMIT, git_commit
 
