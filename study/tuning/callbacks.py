@@ -16,7 +16,10 @@ from study.tuning.trial_files import folder_of, snapshot_path
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-UNREAD = (STEP, SECONDS, "config", "timestamp", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore")
+UNREAD = (
+    *(STEP, SECONDS, "config", "date", "done", "hostname", "timestamp", "training_iteration"),
+    *("time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore"),
+)
 """Keys of a Tune result that have been read when a callback hears of it."""
 
 
