@@ -4,6 +4,8 @@ A scene without Ray: fake Tune trials, called in Tune's order, over the real sea
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +188,27 @@ def played(folder: StudyFolder, spec: StudySpec, cases: tuple[Case, ...], wishes
     return ids
 
 
+@contextmanager
+def recorded(folder: StudyFolder, spec: StudySpec, uri: str) -> Iterator[None]:
+    """Brings what the block plays, and what was played before, to MLflow."""
+    recorder = Recorder(folder.path, uri, spec, folder.card().study_id, engine="solo")
+    recorder.open()
+    recorder.start()
+    yield
+    recorder.close()
+
+
+def runs_of(client: MlflowClient) -> dict[str, Run]:
+    """The trials' runs by the trials' ids."""
+    experiment = client.get_experiment_by_name("bridge")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=10_000)
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    found = {run.data.tags["study.trial_id"]: run for run in children}
+    assert len(found) == len(children)
+    return found
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Remembered:
     home = tmp_path_factory.mktemp("home")
@@ -193,18 +216,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path) -> Re
     (home / "mlflow.db").write_bytes(mlflow_database.read_bytes())
     spec = bridge_spec(len(CASES), stopping={"patience": 2})
     folder = StudyFolder.prepare(home, spec)
-    recorder = Recorder(folder.path, uri, spec, folder.card().study_id, engine="solo")
-    recorder.open()
-    recorder.start()
-    ids = played(folder, spec, CASES, [{"optimizer.lr": 0.123}])
-    recorder.close()
+    with recorded(folder, spec, uri):
+        ids = played(folder, spec, CASES, [{"optimizer.lr": 0.123}])
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("bridge")
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert len(children) == len(CASES)
-    return Remembered(journal_of(folder), {run.data.tags["study.trial_id"]: run for run in children}, status(folder), ids, spec, client)
+    runs = runs_of(client)
+    assert len(runs) == len(CASES)
+    return Remembered(journal_of(folder), runs, status(folder), ids, spec, client)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case.name for case in CASES])
@@ -273,15 +290,23 @@ def test_the_journal_of_a_live_study_is_read_by_optuna_itself(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("tried", [100, pytest.param(1000, marks=pytest.mark.long)])
-def test_a_thousand_queued_trials_are_each_tried_once(tmp_path: Path, tried: int) -> None:
-    """Across a restart in the middle; journal and ledger agree."""
+def test_a_thousand_queued_trials_are_each_tried_once(tmp_path: Path, tried: int, mlflow_database: Path) -> None:
+    """Across a restart in the middle; journal, MLflow and `study status` agree."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
     spec = bridge_spec(tried)
     folder = StudyFolder.prepare(tmp_path, spec)
     wishes: list[Assignment] = [{"optimizer.lr": 1e-3 * 1.005**number, "model.args.x": True} for number in range(1000)]
     short = tuple(Case(str(number), (number / 1000,)) for number in range(tried))
-    played(folder, spec, short[: tried // 2], wishes)
-    played(folder, spec, short[tried // 2 :], wishes)
-    frozen = journal_of(folder)
+    ids = []
+    for half in (short[: tried // 2], short[tried // 2 :]):
+        with recorded(folder, spec, uri):
+            ids += played(folder, spec, half, wishes)
+    frozen, runs = journal_of(folder), runs_of(MlflowClient(uri))
+    assert set(runs) == set(ids) and len(ids) == tried
+    told = [(float(runs[trial_id].data.params["optimizer.lr"]), float(runs[trial_id].data.tags["study.value"])) for trial_id in ids]
+    assert told == [(trial.params["optimizer.lr"], trial.value) for trial in frozen]
+    assert {(run.info.status, run.data.tags["study.outcome"]) for run in runs.values()} == {("FINISHED", "completed")}
     assert [trial.params["optimizer.lr"] for trial in frozen] == [point["optimizer.lr"] for point in wishes[:tried]]
     assert {(type(trial.params["model.args.x"]), trial.state) for trial in frozen} == {(bool, TrialState.COMPLETE)}
     document = status(folder)
