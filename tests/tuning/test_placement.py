@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study.spec import check
 from study.tuning.choosing import Choice
@@ -82,7 +83,9 @@ def a_cluster(*machines: dict[str, Any]) -> Iterator[Cluster]:
 
 
 def a_pool(engines_per_gpu: int = 1) -> Any:
-    return ray.remote(Pool).options(num_cpus=0).remote(Engine, {"device": "cuda"}, engines_per_gpu)
+    """A pool on this machine, the head, as a study's own."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Pool).options(num_cpus=0, scheduling_strategy=here).remote(Engine, {"device": "cuda"}, engines_per_gpu)
 
 
 def proxies_of(pool: Any, number: int, share: float) -> list[Any]:
