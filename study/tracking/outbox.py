@@ -341,13 +341,26 @@ def _open(folder: Path) -> sqlite3.Connection:
         folder.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
         db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(db)
         db.execute("PRAGMA synchronous = NORMAL")
         db.executescript(_SCHEMA)
     except (OSError, sqlite3.Error) as error:
         remedy = remedy_for(error) or "check the disk and your rights to it"
         raise HomeError(f"the study's ledger cannot be opened ({error})", where=str(path), remedy=remedy) from error
     return db
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Has the ledger's journal written ahead. SQLite itself does not wait where several that open a new file at once all want to be the one."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _now() -> int:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_two_threads_write_without_losing_or_doubling_anything(outbox: Outbox) -
         thread.join()
     assert [len(outbox.history(f"t-{number}")) for number in range(10)] == [5] * 10
     assert len(outbox.pending(limit=1000)) == 60
+
+
+def test_many_may_open_a_new_ledger_at_once(tmp_path: Path) -> None:
+    def opened(outbox: Outbox, together: threading.Barrier) -> list[str]:
+        together.wait()
+        started(outbox, "a")
+        found = outbox.orphans()
+        outbox.close()
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(40):
+            outbox, together = Outbox(tmp_path / str(number)), threading.Barrier(4)
+            assert [found.result() for found in [threads.submit(opened, outbox, together) for _ in range(4)]] == [["a"]] * 4
 
 
 def test_a_killed_process_loses_nothing_that_it_wrote(outbox: Outbox) -> None:
