@@ -361,6 +361,8 @@ def best(
     config, folder = _load_best(name, home, tracking_uri), StudyFolder(home_path(home) / name)
     varied = _varied(config, folder.load_spec() if folder.spec.exists() else None)
     use = views.how_to_use(str(folder.best)) if folder.best.exists() else views.how_to_use(name, home=home, tracking_uri=tracking_uri)
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     _answer(as_json, document(config), views.best_view(document(config), varied), use)
 
 

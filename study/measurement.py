@@ -17,6 +17,10 @@ from typing import Any, Literal, TypeAlias
 Reason = Literal["", "scheduler", "patience", "budget", "nan", "inf", "exploded", "user-code", "out-of-memory", "worker-lost"]
 
 
+EXPLOITS = "pbt/exploits"
+"""Metric: how often a trial of a population has gone on with the state of a better one; absent before the first time."""
+
+
 class Outcome(StrEnum):
     """How a trial ended."""
 

@@ -19,6 +19,9 @@ from study.space import Count, Fraction, Frozen, NonNegative, Positive, Real
 PLACES = ("stem", "inner", "last", "down", "final", "stream")
 """Where a norm gain can stand in the computation, in the canonical order of policies."""
 
+PRODUCT = ("optimizer.lr", "optimizer.weight_decay", "optimizer.intrinsic_lr")
+"""Three fields of which two are free; those that population based training mutates."""
+
 PRODUCT_TOLERANCE = 1e-9
 """Largest relative disagreement between lr x weight_decay and intrinsic_lr."""
 

@@ -18,15 +18,14 @@ from study.credentials import credential_problems
 from study.document import overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
+from study.optimizer import PRODUCT
 from study.problems import Lines, Model, validated
 from study.space import Assignment, Axis, Count, Frozen, NonNegative, Real, Seed, arms, not_a_boolean, word
+from study.stoppingspec import StoppingSpec, population_problems
 from study.trial import TrialSpec
 
 MAX_COMBINATIONS = 1_000
 """How many trials are tried out when a space is checked."""
-
-PRODUCT = ("optimizer.lr", "optimizer.weight_decay", "optimizer.intrinsic_lr")
-"""Three fields of which two are free."""
 
 LAYER_METRICS = ("effective_lr/median", "rotation/median", "rotation_ratio/median")
 """Summaries of the layers that can serve as an objective."""
@@ -95,31 +94,6 @@ class ObjectiveSpec(Frozen):
     def rank(self, value: float) -> float:
         """A number that is smaller for better values."""
         return value if self.direction == "minimize" else -value
-
-
-class StoppingSpec(Frozen):
-    """Which trials are stopped before their last epoch."""
-
-    scheduler: Literal["none", "asha", "hyperband", "median"] = "none"
-    """`asha`: successive halving on rungs grace x reduction^k. `hyperband`: brackets of it, the first of which begins at grace, each next
-    one `reduction` times as late, with trials shared out so that all cost about the same; asynchronous, so no trial is paused.
-    `median`: below the median of the others' running means."""
-    grace: Count = 4
-    """Epochs that every trial gets."""
-    reduction: Annotated[Count, Field(ge=2)] = 3
-    """One in so many trials goes on at each rung (asha, hyperband)."""
-    within_arm: bool = True
-    """Compare a trial with trials of its own arm only, so that no arm is stopped because another learns faster."""
-    compare: Literal["epoch", "schedule"] = "epoch"
-    """When trials of different length are compared, where `schedule.epochs` is an axis: at equal epochs, or after equal shares of their
-    schedules; rungs and grace then count epochs of the longest trial."""
-    patience: Count | None = None
-    """A trial whose objective has not improved for so many epochs, the first `grace` of them aside, is stopped, whatever the others do."""
-
-    def hashed(self) -> dict[str, Any]:
-        """What the spec hash covers; fields that studies began without are left out where they change nothing."""
-        added = {name: value for name, value in (("compare", "epoch"), ("patience", None)) if getattr(self, name) == value}
-        return self.model_dump(mode="json", exclude=set(added))
 
 
 class ReplicateSpec(Frozen):
@@ -214,6 +188,7 @@ class StudySpec(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = [*space_problems(self.space), *_study_problems(self.space, self.trial, self.search, self.objective, self.stopping)]
+        problems += _population_problems(self.space, self.trial, self.search, self.stopping, self.replicate)
         problems += claim_problems(dict(enumerate(self.claims)), self.space, self.trial, self.objective.metric)
         problems += credential_problems(self.model_dump(mode="json", exclude_defaults=True))
         problems = problems or [*_combination_problems(self)]
@@ -310,6 +285,7 @@ def _problems_of_valid_parts(tree: Mapping[str, Any]) -> list[Problem]:
     return [
         *space_problems(axes, whole),
         *_study_problems(axes, trial, search, objective, part(StoppingSpec, "stopping")),
+        *(_population_problems(axes, trial, search, part(StoppingSpec, "stopping"), part(ReplicateSpec, "replicate")) if whole else ()),
         *claim_problems({place: canonical_claim(claim) for place, claim in known.items()}, axes, trial, objective.metric if objective else None),
         *credential_problems(tree),
     ]
@@ -342,6 +318,15 @@ def _study_problems(
             yield Problem(
                 "grace", f"grace is longer than a trial (got {grace} of {epochs} epochs)", "stopping/grace", "lower it, or use scheduler: none"
             )
+
+
+def _population_problems(
+    space: Mapping[str, Axis], trial: TrialSpec | None, search: SearchSpec | None, stopping: StoppingSpec | None, replicate: ReplicateSpec | None
+) -> Iterator[Problem]:
+    """How the parts of a study fit population based training; None as in `_study_problems`."""
+    if stopping is not None:
+        epochs = None if trial is None or "schedule.epochs" in space else trial.schedule.epochs
+        yield from population_problems(space, stopping, search.trials if search else None, epochs, replicate.top if replicate else 0)
 
 
 def _search_problems(space: Mapping[str, Axis], search: SearchSpec) -> Iterator[Problem]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from study.engines.engine import Snapshot
-from study.measurement import Ending, LayerSample, Measurement, Outcome, Progress, Reason, finite, layer_medians
+from study.engines.exploits import POPULATION
+from study.measurement import EXPLOITS, Ending, LayerSample, Measurement, Outcome, Progress, Reason, finite, layer_medians
 from study.training.data import Data, augmented, batches, load_data
 from study.training.imported import user_function
 from study.training.losses import loss_function
@@ -66,6 +67,7 @@ class Course:
         self.augmentation = torch.Generator(device).manual_seed(sub_seed(trial.seed, "augmentation"))
         self.step = self.epoch = 0
         self.first_loss = math.nan
+        self.population: dict[str, Any] = {}
 
     def batches(self) -> Tensor:
         """The images of every step of the next epoch: int64 [steps, batch]."""
@@ -86,7 +88,8 @@ class Course:
             self.first_loss = first_loss
         lr, factor = self.scheduled(self.step)
         decay = self.trial.optimizer.weight_decay * factor
-        return {"train/loss": loss, "train/error": error, "lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
+        found = {"train/loss": loss, "train/error": error, "lr": lr, "weight_decay": decay, "intrinsic_lr": lr * decay}
+        return {**found, EXPLOITS: float(len(self.population["exploits"]))} if self.population else found
 
     def divergence(self, train_loss: float, largest: float) -> Reason:
         """Why the trial counts as diverged, empty where it does not.
@@ -143,7 +146,8 @@ class Course:
 
     def state(self) -> dict[str, Any]:
         """What a snapshot holds of it."""
-        return {"order": self.order.get_state(), "augmentation": self.augmentation.get_state(), "first_loss": self.first_loss}
+        found = {"order": self.order.get_state(), "augmentation": self.augmentation.get_state(), "first_loss": self.first_loss}
+        return {**found, POPULATION: self.population} if self.population else found
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on where a snapshot of the same trial stands.
@@ -156,6 +160,7 @@ class Course:
         self.order.set_state(snapshot.state["order"])
         self.augmentation.set_state(snapshot.state["augmentation"])
         self.first_loss = snapshot.state["first_loss"]
+        self.population = snapshot.state.get(POPULATION, {})
         self.step, self.epoch = snapshot.step, snapshot.epoch
 
 

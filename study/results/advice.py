@@ -6,6 +6,7 @@
     histories ──────── the best still improved at its end ──────> still-improving
     comparison ─────── the winner is not ahead of the next ─────> not-separable
                   └─── there is none: one seed a trial ─────────> one-seed
+    metrics ────────── lr and decay changed as trials trained ──> mutated
 
 Pure functions of what a study left behind. Every warning says what was seen, in numbers, and what to do about it.
 """
@@ -14,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from study.measurement import History
+from study.measurement import EXPLOITS, History
+from study.optimizer import PRODUCT
 from study.results.arms import Comparison, Difference, compare_arms
 from study.results.edges import End, near_end
 from study.results.quantities import SEEDS
@@ -25,7 +27,7 @@ from study.spec import StudySpec
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["edge", "few-completed", "diverged", "still-improving", "not-separable", "one-seed"]
+Kind = Literal["mutated", "edge", "few-completed", "diverged", "still-improving", "not-separable", "one-seed"]
 
 LEAST_COMPLETED = 3
 """Completed trials of an arm below which its best says little."""
@@ -78,9 +80,10 @@ def advise(spec: StudySpec, table: "pd.DataFrame", histories: Mapping[str, Histo
     trials = searched(table)
     best = best_of_arms(trials, spec.objective.direction)
     return [
+        *_mutated(spec, trials),
         *_separation(spec, table, compare_arms(table, spec.objective)),
         *_few_completed(spec, trials),
-        *_edges(spec, best),
+        *(_edges(spec, best) if spec.stopping.scheduler != "pbt" else ()),
         *_still_improving(spec, best, histories or {}),
         *_diverged(spec, trials),
     ]
@@ -100,6 +103,16 @@ def best_of_arms(trials: "pd.DataFrame", direction: str) -> "pd.DataFrame":
     """The best completed trial of each arm that has one, best first; of equals the earlier one."""
     rivals = trials[(trials["outcome"] == "completed") & trials["value"].notna()]
     return rivals.sort_values("value", ascending=direction == "minimize", kind="stable").drop_duplicates("arm")
+
+
+def _mutated(spec: StudySpec, trials: "pd.DataFrame") -> list[Advice]:
+    """How many trials were not trained with the values that their rows hold."""
+    count = int(trials[EXPLOITS].fillna(0).gt(0).sum()) if EXPLOITS in trials else 0
+    if not count:
+        return []
+    fields = ", ".join(path for path in spec.nuisance if path in PRODUCT)
+    says = f"{count} of {counted(len(trials), 'trial')} went on with another's state and changed values: {fields} in tables and pictures are those of launches"
+    return [Advice("mutated", says, "see the metrics lr and weight_decay, and mutations.json of each trial")]
 
 
 def _separation(spec: StudySpec, table: "pd.DataFrame", comparison: Comparison) -> list[Advice]:
@@ -129,12 +142,18 @@ def _one_seed(spec: StudySpec, table: "pd.DataFrame") -> list[Advice]:
     if len(completed) < 2 or len(seeds) != 1:
         return []
     if len(spec.arms) > 1:
-        remedy = "set replicate.top and replicate.seeds to compare them on fresh seeds"
+        again = "set replicate.top and replicate.seeds to compare them on fresh seeds"
+        remedy = "run the study with other values of trial.seed" if spec.stopping.scheduler == "pbt" else again
         return [Advice("one-seed", "one seed: differences between arms are not findings", remedy)]
     if len(trials) < len(table):  # its best was confirmed
         return []
     says = f"one seed: the best of {counted(len(completed), 'completed trial')} is also the luckiest, and its value a little too good"
-    return [Advice("one-seed", says, f"train it again with fresh seeds: study best {spec.name} --confirm 5")]
+    again = (
+        "run the study with another trial.seed"
+        if spec.stopping.scheduler == "pbt"
+        else f"train it again with fresh seeds: study best {spec.name} --confirm 5"
+    )
+    return [Advice("one-seed", says, again)]
 
 
 def separable(difference: Difference | None) -> bool:

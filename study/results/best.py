@@ -4,22 +4,23 @@ records ─ranking─> TrialRecord ──> BestConfig ─save─> best.yaml ─r
 """
 
 import math
+import operator
 import re
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_serializer, model_validator
+from pydantic import AfterValidator, Field, field_serializer, model_validator
 
 from study.document import read_document, to_yaml, write_whole
 from study.errors import NotFound, Problem, SpecError
 from study.home import home_path
 from study.measurement import Outcome, TrialRecord
-from study.optimizer import OptimizerSpec
+from study.optimizer import PRODUCT, OptimizerSpec
 from study.problems import validated
 from study.space import Count, Frozen, Real
-from study.spec import PRODUCT, ObjectiveSpec, StudyName, StudySpec
+from study.spec import ObjectiveSpec, StudyName, StudySpec
 from study.trial import DataSpec, ModelSpec, ScheduleSpec, TrialSpec
 
 MARKS = ("study_id", "trial_id", "trial")
@@ -71,6 +72,15 @@ class ObjectiveResult(Frozen):
         return self
 
 
+class Mutation(Frozen):
+    """Learning rate and decay from an epoch on."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    """So many epochs had been trained."""
+    values: dict[str, Real]
+    """The values of the mutated fields, by dotted path."""
+
+
 class BestConfig(Frozen):
     """One whole trial, also what was not searched, and where it comes from."""
 
@@ -97,6 +107,8 @@ class BestConfig(Frozen):
     """When the study ended, in ISO 8601."""
     trial: TrialSpec
     """The whole trial. lr and weight_decay are stored; their product follows."""
+    mutations: tuple[Mutation, ...] = Field(default=(), exclude_if=operator.not_)
+    """What the trial's weights were trained with, where population based training changed it on the way; `trial` holds the values of the launch."""
 
     @field_serializer("trial")
     def _canonical(self, trial: TrialSpec) -> dict[str, Any]:
@@ -121,6 +133,14 @@ class BestConfig(Frozen):
     def data(self) -> DataSpec:
         """The images that the values were found on."""
         return self.trial.data
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever uses the config has to know."""
+        if not self.mutations:
+            return ()
+        says = f"the trial was mutated as it trained: {', '.join(self.mutations[0].values)} are those of its launch"
+        return (f"{says}; what its weights were trained with, from which epoch on, is under `mutations` of best.yaml",)
 
     def to_yaml(self) -> str:
         """The file's text: how to use it, then every field."""
@@ -208,6 +228,7 @@ def document(best: BestConfig) -> dict[str, Any]:
     """What `study best --json` prints."""
     objective = best.objective
     confirmed = None if objective.interval is None else {"mean": objective.mean, "interval": list(objective.interval), "seeds": objective.seeds}
+    mutations = {"mutations": [mutation.model_dump(mode="json") for mutation in best.mutations]} if best.mutations else {}
     return {
         "study_id": best.study_id,
         "name": best.name,
@@ -219,4 +240,5 @@ def document(best: BestConfig) -> dict[str, Any]:
         "direction": objective.direction,
         "spec": best.trial.canonical(),
         "confirmed": confirmed,
+        **mutations,
     }

@@ -11,6 +11,7 @@ repair it; where no lines can, `NotExpressible` says so.
 """
 
 import json
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 from study.results.best import BestConfig
@@ -37,8 +38,9 @@ def export(best: BestConfig, to: Target, plan: ModelPlan | None = None) -> Expor
         NotExpressible: if the target cannot do what the config says, whatever lines are added.
     """
     if to == "yaml":
-        return Export(commented(header(best)) + best.to_yaml())
+        return Export(commented(header(best)) + best.to_yaml(), best.warnings)
     if to == "json":
-        return Export(json.dumps(best.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+        return Export(json.dumps(best.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", best.warnings)
     assert plan is not None, f"an export to {to} needs the model's plan"
-    return WITH_A_MODEL[to](best, plan)
+    exported = WITH_A_MODEL[to](best, plan)
+    return replace(exported, warnings=(*best.warnings, *exported.warnings))

@@ -13,11 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from study.budget import budget_line
+from study.optimizer import PRODUCT
 from study.results.advice import best_of_arms, searched
 from study.results.best import USE
 from study.results.report import Findings
 from study.results.wording import counted, number, span
-from study.spec import PRODUCT
 
 if TYPE_CHECKING:
     import pandas as pd

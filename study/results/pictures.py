@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from study.home import StudyFolder
-from study.spec import PRODUCT, StudySpec
+from study.optimizer import PRODUCT
+from study.spec import StudySpec
 from study.traces import read_trace
 
 if TYPE_CHECKING:

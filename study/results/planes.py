@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from study.optimizer import PRODUCT
 from study.results.plots import STYLE
-from study.spec import PRODUCT
 
 if TYPE_CHECKING:
     import pandas as pd

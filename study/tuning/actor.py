@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
+from study.tuning.exploiting import going_on, save
 from study.tuning.failures import failed, kind
 from study.tuning.placement import Pool
 from study.tuning.trial_files import keep_weights, snapshot_path
@@ -54,6 +55,8 @@ class _Asked:
     test: bool
     """Whether it is measured on the test images, too, once it ends."""
     answer: asyncio.Future[Progress]
+    exploit: dict[str, Any] | None = None
+    """What it takes over from another trial before it goes on."""
 
 
 @dataclass(slots=True)
@@ -81,6 +84,7 @@ class EngineActor:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._asked: dict[str, _Asked] = {}
         self._leaving: set[str] = set()
+        self._proxies: dict[str, str] = {}
         self._last: dict[str, Progress] = {}
         self._expected = 0
         self._together = sys.maxsize
@@ -95,17 +99,34 @@ class EngineActor:
         """Whether it is alive."""
         return True
 
-    async def next(self, trial_id: str, trial: str, epoch: int, test: bool = False) -> Progress:
-        """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one."""
+    async def next(
+        self, trial_id: str, trial: str, epoch: int, test: bool = False, proxy: str = "", anew: bool = False, exploit: dict[str, Any] | None = None
+    ) -> Progress:
+        """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one.
+
+        Args:
+            proxy: Who asks.
+            anew: Whether one that is here was left behind when the trial was paused, and is admitted again.
+            exploit: What it takes over from another trial first.
+        """
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._run())
         answer: asyncio.Future[Progress] = asyncio.get_running_loop().create_future()
-        self._asked[trial_id] = _Asked(trial, epoch, test, answer)
+        self._asked[trial_id], self._proxies[trial_id] = _Asked(trial, epoch, test, answer, exploit), proxy
+        if anew:
+            self._leaving.add(trial_id)
         self._news.set()
         return await answer
 
-    async def release(self, trial_id: str) -> None:
-        """Forgets a trial that was stopped; its slot is free from the next tick on."""
+    async def save(self, trial_id: str) -> int:
+        """Writes a trial's state for itself and for others; returns its epoch."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: save(self._folder, trial_id, self._engine.snapshot(trial_id)))
+
+    async def release(self, trial_id: str, proxy: str = "") -> None:
+        """Forgets a trial that was stopped; its slot is free from the next tick on. Another proxy that has it meanwhile keeps it."""
+        if self._proxies.get(trial_id, proxy) != proxy:
+            return
+        self._proxies.pop(trial_id, None)
         self._asked.pop(trial_id, None)
         self._leaving.add(trial_id)
         self._news.set()
@@ -210,11 +231,9 @@ class EngineActor:
             return _failed(trial_id, error)
 
     def _admit(self, trial_id: str, asked: _Asked) -> None:
-        from study.engines.engine import Snapshot
-
-        path = snapshot_path(self._folder, trial_id)
-        snapshot = Snapshot.load(path) if path.exists() else None
-        self._engine.admit(trial_id, TrialSpec.model_validate(json.loads(asked.trial)), snapshot, test=asked.test)
+        launched = TrialSpec.model_validate(json.loads(asked.trial))
+        trial, snapshot = going_on(self._folder, trial_id, launched, asked.epoch, asked.exploit)
+        self._engine.admit(trial_id, trial, snapshot, test=asked.test)
 
     def _settled(self, progress: Progress) -> Progress:
         """Keeps the weights of a trial that completed, and frees the slot of one that ended."""

@@ -22,7 +22,7 @@ def forecast(name: str, seeds: int, *, home: str | Path | None = None) -> dict[s
 
     Raises:
         NotFound: if there is no such study.
-        InputError: if it has not finished.
+        InputError: if it has not finished, or its trials were mutated as they trained.
     """
     folder = _finished(name, home)
     spec, records = folder.load_spec(), Outbox(folder.path).records()
@@ -48,7 +48,7 @@ def confirm(name: str, seeds: int, *, home: str | Path | None = None, tracking_u
 
     Raises:
         NotFound: if there is no such study.
-        InputError: if it has not finished.
+        InputError: if it has not finished, or its trials were mutated as they trained.
         Interrupted: after Ctrl-C; the same call goes on.
     """
     folder, base = _finished(name, home), home_path(home)
@@ -66,8 +66,11 @@ def confirm(name: str, seeds: int, *, home: str | Path | None = None, tracking_u
 
 
 def _finished(name: str, home: str | Path | None) -> StudyFolder:
-    """The folder of a study whose search has ended."""
+    """The folder of a study whose search has ended, and whose trials can be trained again."""
     folder = StudyFolder.find(home_path(home), name)
+    if folder.load_spec().stopping.scheduler == "pbt":
+        said = "trials of population based training cannot be confirmed: fresh seeds would be trained with the values of a launch"
+        raise InputError(said, where=name, remedy="search near the mutations of best.yaml with another scheduler, and confirm that study")
     if folder.is_running():
         raise InputError("runs now", where=name, remedy="confirm its best trials once it has ended")
     records = Outbox(folder.path).records()

@@ -34,6 +34,7 @@ from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec
 from study.tuning.choosing import Choice, choose
 from study.tuning.earlier import Earlier, earlier_trials
+from study.tuning.exploiting import mutations
 from study.tuning.hosting import one_ray, tune_study
 from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
@@ -285,6 +286,7 @@ def _best(spec: StudySpec, folder: StudyFolder, records: list[TrialRecord]) -> B
         versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         trial=TrialSpec.model_validate(chosen.trial),
+        mutations=mutations(folder.path, chosen.trial_id).get("schedule", ()),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from study.errors import InputError
 from study.home import StudyFolder
-from study.measurement import Ending, History, Outcome
+from study.measurement import EXPLOITS, Ending, History, Outcome
 from study.space import Assignment
 from study.spec import StudySpec
 from study.tracking.outbox import Outbox
@@ -37,7 +37,9 @@ class Earlier:
 
 
 def earlier_trials(spec: StudySpec, home: Path) -> list[Earlier]:
-    """The trials that the study which `search.from` names completed, stopped or saw diverge; replicates are left out.
+    """The trials that the study which `search.from` names completed, stopped or saw diverge.
+
+    Left out are replicates, and trials that population based training mutated: their results are not those of the values of their launch.
 
     Raises:
         InputError: if there is no such study, or it is this one, or it did not measure this study's objective.
@@ -54,6 +56,8 @@ def earlier_trials(spec: StudySpec, home: Path) -> list[Earlier]:
         if record.replicate_of or record.outcome in (Outcome.FAILED, Outcome.INTERRUPTED):
             continue
         seen = outbox.history(record.trial_id)
+        if any(EXPLOITS in each.values for each in seen):
+            continue
         history = [(each.epoch, each.values[objective.metric]) for each in seen if objective.metric in each.values]
         measured |= {name for each in seen for name in each.values}
         value = objective.value([number for _, number in history]) if history else None

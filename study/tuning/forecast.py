@@ -6,7 +6,8 @@ trials x epochs ── x share that early stopping leaves ── x seconds of a 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from study.spec import StoppingSpec, StudySpec
+from study.spec import StudySpec
+from study.stoppingspec import StoppingSpec
 from study.tuning.points import planned
 
 if TYPE_CHECKING:

@@ -58,6 +58,7 @@ def tune_study(
         The limit that ended the study, as `Meter.reached` names it, and what the first trials all failed with; empty where there is none.
     """
     from study.tuning.callbacks import history_of
+    from study.tuning.population import Populations
     from study.tuning.searcher import JournalSearcher
     from study.tuning.stopping import Past, stopping
 
@@ -71,11 +72,15 @@ def tune_study(
     meter = meter_of(spec, entries, outbox.ended())
     resumed = {proposal.trial_id: history for proposal, history in left}
 
-    def searcher(settings: dict[str, Any]) -> JournalSearcher:
-        return JournalSearcher(search, settings, left, _tags, meter)
+    populations = spec.stopping.scheduler == "pbt"
 
-    scheduler = stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed)
-    return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=search.unasked + len(left))
+    def searcher(settings: dict[str, Any]) -> JournalSearcher:
+        return JournalSearcher(search, settings, left, _tags, meter, populations)
+
+    scheduler = Populations(spec) if populations else stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed)
+    # One more than there are, where the searcher has to say itself that it is at its end.
+    samples = search.unasked + len(left) + populations
+    return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=samples)
 
 
 def tune_replicates(spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan", interrupt: threading.Event, choice: Choice, samples: int) -> None:

@@ -3,7 +3,7 @@
     journal.log     a line cut off in the middle ── removed          a lock that nobody holds any more ── removed
     journal         ended there, running in the ledger ── ended in the ledger, too
     ledger          ended there, running in the journal ── told to the journal, with what it measured
-    trials/         drafts of snapshots ── removed                   snapshots of ended trials ── removed
+    trials/         drafts of snapshots ── removed                   snapshots and saved states of ended trials ── removed
 
 MLflow follows from the ledger: study.tracking brings it there, exactly once.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from study.measurement import Ending, Outcome
 from study.tracking.outbox import Outbox
 from study.tuning.callbacks import history_of, settle
+from study.tuning.exploiting import forget_saved
 from study.tuning.search import Search
 from study.tuning.trial_files import snapshot_path
 
@@ -60,8 +61,9 @@ def reconcile(search: Search, outbox: Outbox, folder: Path) -> None:
 
 def sweep(outbox: Outbox, folder: Path) -> None:
     """Removes what only a running trial needs: an engine may write a snapshot once more before it hears that its trial has ended."""
-    for draft in folder.glob("trials/*/snapshot.*.tmp"):
+    for draft in folder.glob("trials/*/*.*.tmp"):
         draft.unlink(missing_ok=True)
     for record in outbox.records():
         if record.outcome is not Outcome.INTERRUPTED:
             snapshot_path(folder, record.trial_id).unlink(missing_ok=True)
+            forget_saved(folder, record.trial_id)

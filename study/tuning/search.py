@@ -42,6 +42,9 @@ DIVERGED = "diverged"
 ENDING = "ending"
 """User attribute of a told trial: its outcome and reason."""
 
+MUTATED = "mutated"
+"""User attribute of a trial that was trained with other values than it was launched with."""
+
 CONSTRAINT = f"constraints:{DIVERGED}"
 """System attribute by which Optuna knows that a trial violates it (optuna 5, `Trial.set_constraint`)."""
 
@@ -147,6 +150,12 @@ class Search:
         frozen = self._frozen(self.number(trial_id))
         if not frozen.state.is_finished() and epoch not in frozen.intermediate_values:
             self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, objective)
+
+    def mark_mutated(self, trial_id: str) -> None:
+        """Notes that a trial is no longer trained with the values that Optuna proposed."""
+        frozen = self._frozen(self.number(trial_id))
+        if not frozen.state.is_finished() and MUTATED not in frozen.user_attrs:
+            self._storage.set_trial_user_attr(frozen._trial_id, MUTATED, True)
 
     def tell(self, trial_id: str, ending: Ending, value: float | None, history: History = ()) -> None:
         """Closes a trial as what it is. Telling a trial twice changes nothing; an interrupted one stays open.

@@ -1,6 +1,6 @@
 """Searcher: gives Ray Tune the trials of a Search, and tells the Search what became of them.
 
-suggest ──────────> a trial that an earlier start left running, else the Search's next one, else FINISHED
+suggest ──────────> a trial that an earlier start left running, else the Search's next one, else FINISHED (once none runs, where trials pause)
 on_trial_result ──> the objective at an epoch
 on_trial_complete ─> the last result, and how the trial ended
 """
@@ -15,7 +15,7 @@ from study.measurement import History
 from study.trial import TrialSpec
 from study.tuning.search import Proposal, Search
 from study.tuning.stopping import EPOCH, OBJECTIVE
-from study.tuning.trainables import VALUE, ending_of
+from study.tuning.trainables import MUTATED, VALUE, ending_of
 
 
 class JournalSearcher(Searcher):
@@ -28,10 +28,16 @@ class JournalSearcher(Searcher):
         resumed: Sequence[tuple[Proposal, History]],
         tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
         meter: Meter | None = None,
+        pausing: bool = False,
     ) -> None:
+        """Begins to propose.
+
+        Args:
+            pausing: Whether trials pause and go on: once it hears that no trial is to come, Tune ends a process as soon as nobody uses it.
+        """
         super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
         self._search, self._settings = search, dict(settings)
-        self._waiting, self._tags, self._meter = list(resumed), tags, meter
+        self._waiting, self._tags, self._meter, self._pausing = list(resumed), tags, meter, pausing
         self._trial_ids: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
@@ -41,7 +47,7 @@ class JournalSearcher(Searcher):
         else:
             asked = self._search.ask()
             if asked is None:
-                return Searcher.FINISHED
+                return None if self._pausing and self._trial_ids else Searcher.FINISHED
             proposal, history = asked, ()
         self._trial_ids[trial_id] = proposal.trial_id
         return {
@@ -56,8 +62,13 @@ class JournalSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Notes the objective at an epoch."""
+        self._note(self._trial_ids[trial_id], result)
+
+    def _note(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if OBJECTIVE in result:
-            self._search.report(self._trial_ids[trial_id], result[EPOCH], result[OBJECTIVE])
+            self._search.report(trial_id, result[EPOCH], result[OBJECTIVE])
+        if MUTATED in result:
+            self._search.mark_mutated(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells how the trial ended; Tune withholds the last result of a stopped trial from `on_trial_result`."""
@@ -65,6 +76,8 @@ class JournalSearcher(Searcher):
         if ours is None:
             return
         last = [(result[EPOCH], result[OBJECTIVE])] if result and OBJECTIVE in result else []
+        if result and MUTATED in result:
+            self._search.mark_mutated(ours)
         ending, value = ending_of(result, error), (result or {}).get(VALUE)
         self._search.tell(ours, ending, value, last)
         if self._meter is not None:

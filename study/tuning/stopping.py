@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from study.measurement import History
-from study.spec import ObjectiveSpec, StoppingSpec
+from study.spec import ObjectiveSpec
+from study.stoppingspec import StoppingSpec
 from study.trial import TrialSpec
 
 if TYPE_CHECKING:

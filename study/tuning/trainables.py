@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from study.measurement import Ending, Outcome, Progress
+from study.measurement import EXPLOITS, Ending, Outcome, Progress
 from study.spec import ObjectiveSpec
 from study.trial import TrialSpec
+from study.tuning.exploiting import exploit_of, going_on, refer, save
 from study.tuning.failures import failed, kind
 from study.tuning.stopping import EPOCH, OBJECTIVE, stalled
 from study.tuning.trial_files import keep_weights, snapshot_path
@@ -36,7 +37,7 @@ MOST_ENGINES = 5
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.RaySystemError)
 """What Ray raises when another process or node is gone: no fault of the trial."""
 
-ENDING, VALUE, STEP, MEASUREMENT, SECONDS = "ending", "value", "step", "measurement", "seconds"
+ENDING, VALUE, STEP, MEASUREMENT, SECONDS, MUTATED = "ending", "value", "step", "measurement", "seconds", "mutated"
 """Keys of a Tune result, beside those of `stopping`."""
 
 
@@ -57,8 +58,8 @@ class StudyTrainable(tune.Trainable):
 
     Its config: `trial_id`, `arm`, `trial` (the spec as JSON), `objective` (JSON), `folder` (the study's), `device`,
     `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), `patience` and `grace` (epochs),
-    `test` (whether the test images are looked at, at its end), `replicate_of` (the trial that it repeats, or nothing), and `pool`, the name of
-    the pool of engines, where trials are fused.
+    `test` (whether the test images are looked at, at its end), `replicate_of` (the trial that it repeats, or nothing), `pool`, the name of
+    the pool of engines, where trials are fused, and `exploit`, what it took over last in a population.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -68,6 +69,7 @@ class StudyTrainable(tune.Trainable):
         self._config = config
         self._history: list[float] = list(config["history"])
         self._was_without_memory = False
+        self._exploit: dict[str, Any] | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next trial into the same process."""
@@ -88,6 +90,18 @@ class StudyTrainable(tune.Trainable):
         self._start_over()
         return self.step()
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Writes where the trial stands, for itself and for others of its population: Tune keeps no more than a reference."""
+        refer(Path(checkpoint_dir), self._trial_id, self._saved())
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Goes on from the trial's own snapshot, or with the state of another trial where the checkpoint is that one's."""
+        self._exploit = exploit_of(Path(checkpoint), self._config)
+
+    def _saved(self) -> int:
+        """Writes the trial's state; returns its epoch."""
+        raise NotImplementedError
+
     def _advance(self) -> Progress:
         """Trains one epoch."""
         raise NotImplementedError
@@ -101,6 +115,8 @@ class StudyTrainable(tune.Trainable):
         if ending is not None and ending.outcome is Outcome.FAILED:
             return {ENDING: ending, "done": True}
         result: dict[str, Any] = {EPOCH: measurement.epoch, STEP: measurement.step, MEASUREMENT: measurement, SECONDS: measurement.seconds}
+        if EXPLOITS in measurement.values:
+            result[MUTATED] = True
         value = measurement.values.get(self._objective.metric, math.nan)
         if math.isfinite(value):
             # A trial that was started again may go on before the last epoch that is known.
@@ -130,11 +146,11 @@ class SoloTrainable(StudyTrainable):
     def _advance(self) -> Progress:
         if self._engine is None:
             self._engine = self._admitted()
-            self._saved = time.monotonic()
-        elif time.monotonic() - self._saved > SNAPSHOT_SECONDS:
+            self._saved_at = time.monotonic()
+        elif time.monotonic() - self._saved_at > SNAPSHOT_SECONDS:
             # Who is asked for the next epoch has told of the last one: no trial is ever started again beyond what the study knows.
             self._engine.snapshot(self._trial_id).save(snapshot_path(self._folder, self._trial_id))
-            self._saved = time.monotonic()
+            self._saved_at = time.monotonic()
         (progress,) = self._engine.advance()
         if progress.ending is not None and progress.ending.outcome is Outcome.COMPLETED:
             keep_weights(self._folder, self._trial_id, self._config["keep_weights"], self._engine.weights)
@@ -147,14 +163,17 @@ class SoloTrainable(StudyTrainable):
         gc.collect()
         give_back_memory()
 
+    def _saved(self) -> int:
+        assert self._engine is not None, "a trial is saved after a result"
+        return save(self._folder, self._trial_id, self._engine.snapshot(self._trial_id))
+
     def _admitted(self) -> "SoloEngine":
-        from study.engines.engine import Snapshot
         from study.engines.solo import SoloEngine
 
-        path = snapshot_path(self._folder, self._trial_id)
+        launched = TrialSpec.model_validate_json(self._config["trial"])
+        trial, snapshot = going_on(self._folder, self._trial_id, launched, len(self._history), self._exploit)
         engine = SoloEngine(self._config["device"])
-        snapshot = Snapshot.load(path) if path.exists() else None
-        engine.admit(self._trial_id, TrialSpec.model_validate_json(self._config["trial"]), snapshot, test=self._config["test"])
+        engine.admit(self._trial_id, trial, snapshot, test=self._config["test"])
         return engine
 
 
@@ -169,7 +188,15 @@ class FusedTrainable(StudyTrainable):
         super().setup(config)
         self._epoch = config["epoch"]
         self._engine: Any = None
-        self._is_away = True
+        self._is_away, self._is_anew = True, False
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Goes on from a file: an engine may still hold the trial as it was before it was paused."""
+        super().load_checkpoint(checkpoint)
+        self._is_anew = True
+
+    def _saved(self) -> int:
+        return int(ray.get(self._engine.save.remote(self._trial_id)))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Lets go of the trial that was stopped, and takes the next one, on the same engine."""
@@ -193,7 +220,7 @@ class FusedTrainable(StudyTrainable):
 
     def _leave(self) -> None:
         if self._engine is not None and not self._is_away:
-            self._engine.release.remote(self._trial_id)
+            self._engine.release.remote(self._trial_id, self._proxy)
             self._is_away = True
 
     def _advance(self) -> Progress:
@@ -202,14 +229,18 @@ class FusedTrainable(StudyTrainable):
                 self._engine = self._found(lost=bool(attempt))
             try:
                 self._is_away = False
-                progress: Progress = ray.get(self._engine.next.remote(self._trial_id, self._config["trial"], self._epoch, self._config["test"]))
+                progress: Progress = ray.get(self._engine.next.remote(*self._wanted()))
             except LOST as error:
                 lost = error
                 continue
             self._epoch = progress.measurement.epoch
-            self._is_away = progress.ending is not None
+            self._is_away, self._is_anew = progress.ending is not None, False
             return progress
         raise lost
+
+    def _wanted(self) -> tuple[Any, ...]:
+        """What an engine is asked for."""
+        return self._trial_id, self._config["trial"], self._epoch, self._config["test"], self._proxy, self._is_anew, self._exploit
 
     @property
     def _pool(self) -> Any:
