@@ -25,7 +25,7 @@ def spec_of(network: str, engine: str) -> StudySpec:
     return StudySpec.model_validate(
         {
             "name": "ours",
-            "trial": {**NETWORKS[network], "schedule": {"epochs": EPOCHS}},
+            "trial": {**NETWORKS[network], "schedule": {"epochs": EPOCHS[network]}},
             "space": {
                 "optimizer.lr": {"low": 1e-2, "high": 1.0, "log": True},
                 "optimizer.weight_decay": {"low": 1e-4, "high": 1e-1, "log": True},

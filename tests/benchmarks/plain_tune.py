@@ -39,7 +39,7 @@ def main(folder: str, network: str, mlflow: bool, reuse: bool) -> None:
 
         def step(self) -> dict[str, Any]:
             train_loss, loss, error = self._epoch()
-            return {"train_loss": train_loss, "val_loss": loss, "val_error": error, "done": self.iteration + 1 == EPOCHS}
+            return {"train_loss": train_loss, "val_loss": loss, "val_error": error, "done": self.iteration + 1 == EPOCHS[network]}
 
     class FirstResult(tune.Callback):
         when = 0.0
@@ -61,7 +61,7 @@ def main(folder: str, network: str, mlflow: bool, reuse: bool) -> None:
         mode="min",
         num_samples=TRIALS,
         search_alg=OptunaSearch(),
-        scheduler=AsyncHyperBandScheduler(max_t=EPOCHS, grace_period=GRACE, reduction_factor=REDUCTION),
+        scheduler=AsyncHyperBandScheduler(max_t=EPOCHS[network], grace_period=GRACE, reduction_factor=REDUCTION),
         callbacks=[FirstResult(), *logger],
         reuse_actors=reuse,
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

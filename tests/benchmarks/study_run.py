@@ -15,10 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TRIALS, EPOCHS, GRACE, REDUCTION = 27, 9, 1, 3
+TRIALS, GRACE, REDUCTION = 27, 1, 3
+EPOCHS = {"resnet": 9, "mlp": 9, "mlp, batch 16, long": 243}
+"""Of a trial that is not stopped."""
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet": {"model": {"name": "resnet", "width": 16, "blocks": [1, 1, 1]}, "data": {"label_noise": 0.1}},
     "mlp": {"model": {"name": "mlp", "width": 128}, "data": {"label_noise": 0.1}},
+    "mlp, batch 16, long": {"model": {"name": "mlp", "width": 128}, "data": {"label_noise": 0.1, "batch_size": 16}},
 }
 ROOT = Path(__file__).parents[2]
 TARGETS = {("resnet", "all"): ">= 1.5", ("mlp", "all"): ">= 2.5", ("resnet", "warm"): ">= 2.5", ("mlp", "warm"): ">= 10"}
