@@ -148,11 +148,16 @@ def tune_trials(
             reuse_actors=True,
             max_failures=lives,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            trial_dirname_creator=_folder_name,
             raise_on_failed_trial=False,
             verbose=0,
         )
     return str(stopper.reached), failures.alike
+
+
+def _folder_name(trial: Any) -> str:
+    """Of what Tune keeps of a trial; ours lies elsewhere. Not a lambda, of which Tune would write the code down for every trial."""
+    return str(trial.trial_id)
 
 
 def settings_of(spec: StudySpec, folder: Path) -> dict[str, Any]:

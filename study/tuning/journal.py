@@ -7,7 +7,7 @@ points that wait to be tried ───────────┘
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,9 +40,21 @@ class JournalFile(JournalFileBackend):
     def __init__(self, path: Path) -> None:
         self._path, self._mutex = path, JournalFileSymlinkLock(str(path))
         self._held: list[dict[str, Any]] | None = None
+        self._seen = (-1, -1)
         self._disk, self._forced = ThreadPoolExecutor(1, "journal"), Future[None]()
         self._forced.set_result(None)
         super().__init__(str(path), self._mutex)
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The lines from a number on. Optuna asks for them before everything it does: a file that has not grown is not opened."""
+        number, size = log_number_from, self._path.stat().st_size
+        if (number, size) == self._seen:
+            return
+        for line in super().read_logs(log_number_from):
+            number += 1
+            yield line
+        # The size before reading: what was appended meanwhile is looked for the next time.
+        self._seen = (number, size)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes lines, while nobody else does; later, where they belong together with others."""

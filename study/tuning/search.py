@@ -81,7 +81,7 @@ class Search:
         self._books = [ArmJournal(spec, arm, self._storage) for arm in self.arms]
         self.startup = startup(spec)
         for number in self._undrawn():
-            self._draw(number)
+            self._draw(number, self._sampler(number))
 
     def running(self) -> list[Proposal]:
         """The trials that were proposed and never told: to be issued again first."""
@@ -115,11 +115,11 @@ class Search:
         book = self._arm_of(number)
         wish = book.next_wish()
         attributes = {} if wish is None else {WISH: wish}
-        if isinstance(self._sampler(number), RandomSampler):
-            book.create(attributes, self._drawn(number, create_trial(state=TrialState.RUNNING, user_attrs=attributes)))
+        if isinstance(sampler := self._sampler(number), RandomSampler):
+            book.create(attributes, self._drawn(number, create_trial(state=TrialState.RUNNING, user_attrs=attributes), sampler))
         else:  # which writes what it needs to know into the trial that it draws for
             book.create(attributes)
-            self._draw(number)
+            self._draw(number, sampler)
         self._file.sync()
         return self._proposal(number)
 
@@ -216,16 +216,15 @@ class Search:
         arm = self._arm_of(number).arm
         return Proposal(self.trial_id(number), arm_label(arm), self.spec.trial_for({**arm, **self._frozen(number).params}))
 
-    def _draw(self, number: int) -> None:
+    def _draw(self, number: int, sampler: BaseSampler) -> None:
         """Gives a trial that has been created its values."""
         frozen = self._frozen(number)
-        self._arm_of(number).set(frozen._trial_id, self._drawn(number, frozen))
+        self._arm_of(number).set(frozen._trial_id, self._drawn(number, frozen, sampler))
 
-    def _drawn(self, number: int, frozen: FrozenTrial) -> Assignment:
+    def _drawn(self, number: int, frozen: FrozenTrial, sampler: BaseSampler) -> Assignment:
         """Values that no other trial of the arm has."""
         book, local = self._arm_of(number), number // len(self.arms)
         wish: Assignment = book.wishes[frozen.user_attrs[WISH]] if WISH in frozen.user_attrs else {}
-        sampler = self._sampler(number)
         # A fresh view: a Study keeps the trials that it has seen until it is asked itself.
         study = optuna.Study(book.name, self._storage, sampler)
         sampler.before_trial(study, frozen)
