@@ -40,6 +40,8 @@ class Delivery:
         self.parent = parent
         self.identity = identity
         self.objective = objective
+        self._doubtful = {entry.trial_id for entry in outbox.entries() if not entry.run_id}
+        """Trials that may have a run which the ledger does not know: a process died, or an answer was lost, while it was created."""
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Delivers events of one trial, in order.
@@ -52,9 +54,11 @@ class Delivery:
         run_id = entry.run_id or self._found(entry)
         fresh = not run_id
         if fresh:
+            self._doubtful.add(entry.trial_id)
             run_id = self.store.create(self.experiment, entry.trial_id, events[0].time, trial_tags(self.identity, entry, self.parent))
         if run_id != entry.run_id:
             self.outbox.remember_run(entry.trial_id, run_id)
+            self._doubtful.discard(entry.trial_id)
         trial = TrialSpec.model_validate(entry.trial)
         waiting: list[Stamped] = []
         for event in events:
@@ -89,7 +93,9 @@ class Delivery:
                     self.store.delete(run_id)
 
     def _found(self, entry: Entry) -> str:
-        """A run that is not in the ledger, as a process died between creating it and writing it down; empty where there is none."""
+        """A run that is not in the ledger; empty where there is none. MLflow takes long to search: only where it may be."""
+        if entry.trial_id not in self._doubtful:
+            return ""
         runs = self.store.runs([self.experiment], {"study.id": self.identity.study_id, "study.trial_id": entry.trial_id})
         return runs[0].run_id if runs else ""
 
