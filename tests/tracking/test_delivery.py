@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from study.errors import TrackingUnavailable
 from study.measurement import Ending, Measurement, Outcome
 from study.traces import read_trace
 from study.tracking.delivery import Delivery
@@ -49,6 +50,9 @@ class Counting:
 
     def length(self, run_id: str, metric: str) -> int:
         return self.points[metric_name(metric)]
+
+    def reopen(self, run: Run, forget: Sequence[str]) -> None:
+        self.ended = ""
 
     def upload(self, run_id: str, file: Path, folder: str = "") -> None:
         assert file.exists()
@@ -104,3 +108,43 @@ def test_what_a_store_lost_is_sent_again_a_measurement_at_a_time(tmp_path: Path)
     delivered(lived(tmp_path, 20, layers=2), store)
     assert (store.points["val/error"], store.ended) == (20, "FINISHED")
     assert store.largest < 20
+
+
+class Losing(Counting):
+    """Creates a run whose answer is lost the first time; counts who asks for runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.made: list[str] = []
+
+    def create(self, experiment: str, name: str, started: int, tags: Mapping[str, str]) -> str:
+        self.made.append(name)
+        if len(self.made) == 1:
+            raise TrackingUnavailable("no answer")
+        return "run-2"
+
+    def runs(self, experiments: Sequence[str], tags: Mapping[str, str]) -> list[Run]:
+        self.asked.append(tags["study.trial_id"])
+        return [Run("run-1", "RUNNING", {}, {}, {}, 0, None)]
+
+
+def test_a_run_is_looked_for_only_where_one_may_be_that_the_ledger_does_not_know(tmp_path: Path) -> None:
+    outbox, store = Outbox(tmp_path), Losing()
+    delivery = Delivery(store, outbox, "0", "parent", StudyIdentity("study-1", "roles", "", "", "solo"), SPEC.objective)
+    for trial_id in ("roles-0000", "roles-0001"):
+        outbox.start(trial_id, arm="all", trial=SPEC.trial.canonical())
+    first, second = ([event for event in outbox.pending(limit=8) if event.trial_id == trial_id] for trial_id in ("roles-0000", "roles-0001"))
+    with pytest.raises(TrackingUnavailable):
+        delivery.deliver(first)
+    assert store.asked == []
+    delivery.deliver(first)
+    delivery.deliver(second)
+    assert (store.asked, store.made) == (["roles-0000"], ["roles-0000", "roles-0001"])
+    assert {entry.trial_id: entry.run_id for entry in outbox.entries()} == {"roles-0000": "run-1", "roles-0001": "run-2"}
+
+
+def test_after_a_crash_a_run_is_looked_for_wherever_the_ledger_knows_none(tmp_path: Path) -> None:
+    outbox, store = lived(tmp_path, 1), Losing()
+    delivered(outbox, store)
+    assert (store.asked, store.made) == (["roles-0000"], [])
