@@ -22,6 +22,9 @@ from study.tuning.trial_files import snapshot_path
 LONGEST_LINE = 1_000_000
 """Bytes within which the journal's last line begins; lines have hundreds."""
 
+DRAFTS = ("snapshot.*.tmp", "saved-*.*.tmp")
+"""Files of a trial that an engine was writing when it died."""
+
 log = logging.getLogger(__name__)
 
 
@@ -60,9 +63,13 @@ def reconcile(search: Search, outbox: Outbox, folder: Path) -> None:
 
 
 def sweep(outbox: Outbox, folder: Path) -> None:
-    """Removes what only a running trial needs: an engine may write a snapshot once more before it hears that its trial has ended."""
-    for draft in folder.glob("trials/*/*.*.tmp"):
-        draft.unlink(missing_ok=True)
+    """Removes what only a running trial needs: an engine may write a snapshot once more before it hears that its trial has ended.
+
+    Drafts of other files stay: the recorder may be writing them.
+    """
+    for drafts in DRAFTS:
+        for draft in folder.glob(f"trials/*/{drafts}"):
+            draft.unlink(missing_ok=True)
     for record in outbox.records():
         if record.outcome is not Outcome.INTERRUPTED:
             snapshot_path(folder, record.trial_id).unlink(missing_ok=True)

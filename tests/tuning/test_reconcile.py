@@ -7,6 +7,7 @@ from optuna.trial import TrialState
 
 from study.measurement import Ending, Measurement, Outcome
 from study.tracking.outbox import Outbox
+from study.tuning.exploiting import saved_path
 from study.tuning.reconcile import reconcile, repair
 from study.tuning.search import Search
 from study.tuning.trainables import snapshot_path
@@ -70,9 +71,15 @@ class TestAgreement:
             snapshot_path(tmp_path, trial_id).parent.mkdir(parents=True)
             snapshot_path(tmp_path, trial_id).touch()
             snapshot_path(tmp_path, trial_id).with_suffix(".77.tmp").touch()
+            saved_path(tmp_path, trial_id, 8).touch()
+            saved_path(tmp_path, trial_id, 8).with_suffix(".77.tmp").touch()
+        recorders = tmp_path / "trials" / "bridge-0000" / "trace.parquet.78.tmp"
+        recorders.touch()
         search.tell("bridge-0000", Ending(Outcome.COMPLETED), 0.5)
         reconcile(search, outbox, tmp_path)
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("snapshot*")] == ["trials/bridge-0001/snapshot.pt"]
+        left = {path.name for path in (tmp_path / "trials" / "bridge-0001").iterdir()}
+        assert left == {"snapshot.pt", "saved-0008.pt"}
+        assert [*(tmp_path / "trials" / "bridge-0000").iterdir()] == [recorders], "the recorder writes on while a study ends"
 
 
 @pytest.mark.parametrize("sampler", ["random", "sobol", "tpe"])

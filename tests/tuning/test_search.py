@@ -338,3 +338,15 @@ def test_every_proposal_is_forced_to_disk_and_a_failure_to_do_so_is_raised(tmp_p
     with pytest.raises(OSError, match="No space left"):
         search.ask()
     assert len(forced) == 2
+
+
+def test_what_another_process_writes_into_the_journal_is_seen(tmp_path: Path) -> None:
+    """As optuna-dashboard does with notes."""
+    search = Search(spec(trials=3), tmp_path / "journal.log")
+    assert search.ask() is not None
+    name = "bridge/optimizer.gamma=none"
+    other = optuna.load_study(study_name=name, storage=JournalStorage(JournalFileBackend(str(tmp_path / "journal.log"))))
+    other.set_user_attr("note", "a good one")
+    assert len(asked(search)) == 2
+    assert optuna.load_study(study_name=name, storage=search._storage).user_attrs["note"] == "a good one"
+    assert other.get_trials()[0].params == journal(tmp_path / "journal.log")[0].params
