@@ -1,12 +1,14 @@
 """Scale: what a trial costs when there are thousands of them, and whether the ten-thousandth costs more than the first.
 
-python -m tests.benchmarks.scale [TRIALS ...]        by default 1000 10000
+python -m tests.benchmarks.scale [TRIALS ...]                    by default 1000 10000
+python -m tests.benchmarks.scale --search SAMPLER TRIALS         the search alone: CPU time of a trial in each tenth of them over the second
 
 Trials of one trivial epoch go through the whole stack: Searcher (random sampler), Ray Tune with reused actors, ledger, Recorder into
 SQLite. Each number of trials runs in a process of its own, for its memory. Printed: memory that the driver gained per trial, the share of
 the time that the searcher took, seconds per trial, and of the last quarter of trials over the first.
 """
 
+import itertools
 import json
 import resource
 import subprocess
@@ -153,6 +155,23 @@ def _always(trainable: Any) -> Any:
     return trained_by
 
 
+def growth(sampler: str, trials: int) -> list[float]:
+    """CPU time that proposing and telling a trial takes in each tenth of the trials, over the second tenth: the first one starts the sampler."""
+    from study.tuning.search import Search
+
+    times = [time.process_time()]
+    with TemporaryDirectory() as folder:
+        search = Search(spec_of(trials, sampler), Path(folder) / "journal.log")
+        for number in range(1, trials + 1):
+            proposal = search.ask()
+            assert proposal is not None
+            search.tell(proposal.trial_id, Ending(Outcome.COMPLETED), proposal.trial.optimizer.lr)
+            if number % (trials // 10) == 0:
+                times.append(time.process_time())
+    spans = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return [span / spans[1] for span in spans]
+
+
 def main(numbers: list[int]) -> None:
     """Prints one line for each number of trials, and the ratios between the last and the first."""
     found = []
@@ -171,5 +190,7 @@ def main(numbers: list[int]) -> None:
 if __name__ == "__main__":
     if "--one" in sys.argv:
         print(json.dumps(measured(int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "random")))
+    elif "--search" in sys.argv:
+        print(" ".join(f"{ratio:.2f}" for ratio in growth(sys.argv[2], int(sys.argv[3]))))
     else:
         main([int(word) for word in sys.argv[1:]] or list(DEFAULT))
