@@ -61,20 +61,21 @@ class Delivery:
             self._doubtful.discard(entry.trial_id)
         trial = TrialSpec.model_validate(entry.trial)
         waiting: list[Stamped] = []
+        params: Mapping[str, str] = {}
         for event in events:
             if event.measurement is not None:
                 waiting += _stamped(event.measurement, event.time, trial)
                 continue
-            self.store.log(run_id, waiting)
-            waiting = []
+            self.store.log(run_id, waiting, params)
+            waiting, params = [], {}
             if event.ending is not None:
                 self._end(run_id, trial, event, event.ending)
             else:
                 if not fresh:
                     self.store.reopen(self.store.run(run_id), forget=ENDING_TAGS)
                 fresh = False
-                self.store.log(run_id, params=params_of(trial.model_dump(mode="json")))
-        self.store.log(run_id, waiting)
+                params = params_of(trial.model_dump(mode="json"))
+        self.store.log(run_id, waiting, params)
 
     def settle(self) -> None:
         """Makes sure that every trial has exactly one run; runs that a lost answer left behind are deleted.

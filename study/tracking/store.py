@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,8 +34,8 @@ SETTINGS = {
 }
 """What MLflow is told through the environment, where the user has not said otherwise."""
 
-MOST_METRICS, MOST_WORDS, MOST_BYTES = 1000, 100, 900_000
-"""Metrics, params or tags, and bytes in one request."""
+MOST_METRICS, MOST_WORDS, MOST_BYTES = 800, 100, 300_000
+"""Metrics; params, and as many tags; bytes of each kind: together as much as MLflow takes in one request."""
 
 PAGE = 1000
 """Runs in one answer."""
@@ -202,15 +203,12 @@ class Store:
         """Adds metrics (each with its time in ms), params and tags, in as few requests as MLflow allows."""
         from mlflow.entities import Metric, Param, RunTag
 
-        kinds: dict[str, tuple[list[Any], int]] = {
-            "metrics": ([Metric(metric_name(point.name), point.value, time, point.step) for point, time in points], MOST_METRICS),
-            "params": ([Param(*pair) for pair in (params or {}).items()], MOST_WORDS),
-            "tags": ([RunTag(*pair) for pair in (tags or {}).items()], MOST_WORDS),
-        }
+        metrics = [Metric(metric_name(point.name), point.value, time, point.step) for point, time in points]
+        words = [Param(*pair) for pair in (params or {}).items()], [RunTag(*pair) for pair in (tags or {}).items()]
+        batches = _batches(metrics, MOST_METRICS), *(_batches(items, MOST_WORDS) for items in words)
         with self._asking():
-            for kind, (items, most) in kinds.items():
-                for batch in _batches(items, most):
-                    self._client.log_batch(run_id, **{kind: batch}, synchronous=True)
+            for numbers, fields, marks in zip_longest(*batches, fillvalue=()):
+                self._client.log_batch(run_id, numbers, fields, marks, synchronous=True)
 
     def length(self, run_id: str, metric: str) -> int:
         """How many points one series of a run has."""
