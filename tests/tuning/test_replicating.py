@@ -51,10 +51,12 @@ def tune_here(
         callback.on_trial_start(0, [], trial)
         trainable = SoloTrainable.__new__(SoloTrainable)
         trainable.setup(config)
-        while not (trial.last_result or {}).get("done"):
+        done = False
+        while not done:
             if interrupt.is_set():
                 return "", ""
             trial.last_result = trainable.step()
+            done = "done" in trial.last_result
             if OBJECTIVE in trial.last_result:
                 search.on_trial_result(number, trial.last_result)
             callback.on_trial_result(0, [], trial, trial.last_result)
