@@ -4,8 +4,8 @@
     proxy ──next(trial, epoch)──────────────────────────────>│ waits for the others ─ tick ─ Progress
     proxy <──────────────────────────────────────────────────┘
 
-A tick trains one epoch of every trial that asks for it. An actor waits a little for trials that have not asked yet, so that decisions
-fall for all slots together and freed slots are filled again before the next tick; whoever comes later skips one tick.
+A tick trains one epoch of every trial that asks for it. An actor waits a little for trials that it told of their last epoch, and for those
+that will take the slots that fell free, so that decisions fall for all slots together and no slot is empty; whoever comes later skips one tick.
 
 Snapshots of the trials are written before ticks. When an actor dies its trials ask the pool for another, which goes on from there.
 """
@@ -29,7 +29,7 @@ from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
 from study.tuning.exploiting import going_on, save
 from study.tuning.failures import failed, kind
-from study.tuning.placement import Pool
+from study.tuning.placement import Pool, RollCall
 from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
@@ -82,11 +82,13 @@ class EngineActor:
     def __init__(self, folder: str, slots: int, device: str, arithmetic: str, keep: str) -> None:
         self._folder, self._keep = Path(folder), keep
         self._thread = ThreadPoolExecutor(max_workers=1)
+        self._slots = slots
         self._asked: dict[str, _Asked] = {}
         self._leaving: set[str] = set()
         self._proxies: dict[str, str] = {}
         self._last: dict[str, Progress] = {}
-        self._expected = 0
+        # Trials that heard of their last epoch and will ask for the next one, or be stopped; and slots that fell free since the last tick.
+        self._told, self._freed = set[str](), 0
         self._together = sys.maxsize
         self._news = asyncio.Event()
         self._pace = _Pace()
@@ -112,6 +114,9 @@ class EngineActor:
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._run())
         answer: asyncio.Future[Progress] = asyncio.get_running_loop().create_future()
+        self._told.discard(trial_id)
+        if trial_id not in self._proxies:
+            self._freed = max(0, self._freed - 1)
         self._asked[trial_id], self._proxies[trial_id] = _Asked(trial, epoch, test, answer, exploit), proxy
         if anew:
             self._leaving.add(trial_id)
@@ -126,10 +131,15 @@ class EngineActor:
         """Forgets a trial that was stopped; its slot is free from the next tick on. Another proxy that has it meanwhile keeps it."""
         if self._proxies.get(trial_id, proxy) != proxy:
             return
-        self._proxies.pop(trial_id, None)
+        self._gone(trial_id)
         self._asked.pop(trial_id, None)
         self._leaving.add(trial_id)
         self._news.set()
+
+    def _gone(self, trial_id: str) -> None:
+        self._told.discard(trial_id)
+        if self._proxies.pop(trial_id, None) is not None:
+            self._freed += 1
 
     @property
     def _engine(self) -> "FusedEngine":
@@ -155,19 +165,22 @@ class EngineActor:
                 if waiting is not None and not waiting.answer.done() and _is_news(progress, waiting):
                     del self._asked[trial_id]
                     waiting.answer.set_result(progress)
+                    if progress.ending is None:
+                        self._told.add(trial_id)
+                    else:
+                        self._gone(trial_id)
 
     async def _gathered(self) -> None:
-        """Waits until as many trials have asked as before the last tick, or for as long as it pays: the place of a trial that ended is
-        expected to be taken by another.
-        """
+        """Waits until all have asked who are about to, or for as long as it pays."""
         while not self._asked:
             await self._next_news(None)
         deadline = time.monotonic() + self._pace.wait()
-        while len(self._asked) < self._expected:
+        while (self._told or self._freed) and len(self._asked) < self._slots:
             left = deadline - time.monotonic()
             if left <= 0 or not await self._next_news(left):
                 break
-        self._expected = len(self._asked)
+        self._told.clear()
+        self._freed = 0
 
     async def _next_news(self, timeout: float | None) -> bool:
         self._news.clear()
@@ -286,21 +299,35 @@ def _failed(trial_id: str, error: Exception) -> Progress:
 
 
 @contextmanager
-def pool(settings: dict[str, Any]) -> Iterator[str]:
+def pool(settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0) -> Iterator[str]:
     """The name of a pool of engines, which lives, with them, as long as the block and this process do.
 
     Args:
-        settings: Arguments of every EngineActor, and `engines_per_gpu` where that is not 1.
+        settings: Arguments of every EngineActor.
+        engines_per_gpu: How many share one GPU.
+        expected: Proxies that the study starts with.
     """
-    arguments = dict(settings)
-    engines_per_gpu = arguments.pop("engines_per_gpu", 1)
-    name = f"engines-{uuid.uuid4().hex}"
+    with _beside_the_driver(Pool, EngineActor, settings, engines_per_gpu, expected) as (name, handle):
+        ray.get(handle.wait.remote())
+        yield name
+
+
+@contextmanager
+def roll_call(expected: int) -> Iterator[str]:
+    """The name of a RollCall of the processes of a study's trials, which lives as long as the block."""
+    with _beside_the_driver(RollCall, expected) as (name, _):
+        yield name
+
+
+@contextmanager
+def _beside_the_driver(kind: type, *arguments: object) -> Iterator[tuple[str, Any]]:
+    """Name and handle of an actor on the driver's node, which is started again where it dies."""
+    name = f"{kind.__name__.lower()}-{uuid.uuid4().hex}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # A pool that dies takes its engines along; one that is started again makes new ones, and the trials go on from their snapshots.
     lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    handle: Any = ray.remote(Pool).options(name=name, scheduling_strategy=here, **lasting).remote(EngineActor, arguments, engines_per_gpu)
+    handle: Any = ray.remote(kind).options(name=name, scheduling_strategy=here, **lasting).remote(*arguments)
     try:
-        ray.get(handle.wait.remote())
-        yield name
+        yield name, handle
     finally:
         ray.kill(handle)

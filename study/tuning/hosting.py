@@ -74,13 +74,13 @@ def tune_study(
 
     populations = spec.stopping.scheduler == "pbt"
 
-    def searcher(settings: dict[str, Any]) -> JournalSearcher:
-        return JournalSearcher(search, settings, left, _tags, meter, populations)
+    def searcher(settings: dict[str, Any], processes: int) -> JournalSearcher:
+        return JournalSearcher(search, settings, left, _tags, meter, populations, processes)
 
     scheduler = Populations(spec) if populations else stopping(spec.stopping, spec.objective.direction, _longest(spec), ended, resumed)
+    trials = search.unasked + len(left)
     # One more than there are, where the searcher has to say itself that it is at its end.
-    samples = search.unasked + len(left) + populations
-    return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=samples)
+    return tune_trials(spec, folder, outbox, interrupt, choice, searcher, scheduler, meter, samples=trials + populations, at_once=trials)
 
 
 def tune_replicates(spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan", interrupt: threading.Event, choice: Choice, samples: int) -> None:
@@ -95,11 +95,11 @@ def tune_replicates(spec: StudySpec, folder: Path, outbox: Outbox, plan: "Plan",
     def tags(trial: TrialSpec) -> dict[str, str]:
         return {**_tags(trial), "study.engine": choice.engine}
 
-    def searcher(settings: dict[str, Any]) -> ReplicateSearcher:
+    def searcher(settings: dict[str, Any], processes: int) -> ReplicateSearcher:
         return ReplicateSearcher(plan, lambda trial_id: history_of(outbox, trial_id, spec.objective), settings, tags)
 
     meter = meter_of(spec, outbox.entries(), outbox.ended())
-    tune_trials(spec, folder, outbox, interrupt, choice, searcher, None, meter, samples=samples)
+    tune_trials(spec, folder, outbox, interrupt, choice, searcher, None, meter, samples=samples, at_once=len(plan()))
 
 
 def tune_trials(
@@ -108,19 +108,21 @@ def tune_trials(
     outbox: Outbox,
     interrupt: threading.Event,
     choice: Choice,
-    searcher: Callable[[dict[str, Any]], Any],
+    searcher: Callable[[dict[str, Any], int], Any],
     scheduler: Any,
     meter: Meter,
     *,
     samples: int,
+    at_once: int,
 ) -> tuple[str, str]:
     """Lets Ray Tune run what a searcher proposes.
 
     Args:
-        searcher: Makes the searcher from the settings that every trial has in its config.
+        searcher: Makes the searcher from the settings that every trial has in its config, and the number of processes to start with.
         scheduler: Stops trials early; None stops none.
         meter: Says when the budget is spent.
         samples: How many the searcher may propose.
+        at_once: How many of them before one has ended.
 
     Returns:
         The limit that ended it, as `Meter.reached` names it, and what the first trials all failed with; empty where there is none.
@@ -134,12 +136,12 @@ def tune_trials(
 
     settings, failures = settings_of(spec, folder), FirstFailures(spec.budget.same_failures)
     stopper, lives = _stopper(meter, interrupt, failures), spec.resources.max_failures
-    with named(str(folder)), _ray(ray), _trained_by(choice, spec, settings) as (trainable, share):
+    with named(str(folder)), _ray(ray), _trained_by(choice, spec, settings, at_once) as (trainable, share, processes), _starting(processes):
         tune.run(
             trainable,
             name="ray",
             storage_path=str(folder.resolve()),
-            search_alg=searcher(settings),
+            search_alg=searcher(settings, processes),
             scheduler=scheduler,
             stop=stopper,
             callbacks=[LedgerCallback(outbox, folder, spec.objective, failures, lives)],
@@ -175,24 +177,48 @@ def settings_of(spec: StudySpec, folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any]) -> Iterator[tuple[Any, dict[str, float]]]:
-    """What Tune runs for each trial, and what each reserves; engines for it while the block lasts.
+def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any], wanted: int) -> Iterator[tuple[Any, dict[str, float], int]]:
+    """What Tune runs for each trial, what each reserves, and how many processes to start with; engines for them while the block lasts.
 
     The settings of the trials are told how to find the engines.
+
+    Args:
+        wanted: Trials that can run at once, as far as the search goes.
     """
+    from study.tuning.actor import pool, roll_call
     from study.tuning.trainables import FusedTrainable, SoloTrainable
 
-    resources = spec.resources
-    if choice.engine == "solo":
-        yield SoloTrainable, {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    resources, is_fused = spec.resources, choice.engine == "fused"
+    share: dict[str, float] = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
+    if is_fused:
+        share = {"cpu": 0.0, "gpu": share_of_a_proxy(choice)} if resources.gpus_per_trial else {"cpu": share_of_a_proxy(choice)}
+    processes = min(wanted, _room_for(share))
+    if not is_fused:
+        with roll_call(processes) as settings["roll"]:
+            yield SoloTrainable, share, processes
         return
-    from study.tuning.actor import pool
-
     arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
-    with pool({**arguments, "keep": settings["keep_weights"], "engines_per_gpu": choice.engines_per_gpu}) as name:
-        settings["pool"] = name
-        share = share_of_a_proxy(choice)
-        yield FusedTrainable, {"cpu": 0.0, "gpu": share} if resources.gpus_per_trial else {"cpu": share}
+    with pool({**arguments, "keep": settings["keep_weights"]}, choice.engines_per_gpu, processes) as name:
+        settings["pool"] = settings["roll"] = name
+        yield FusedTrainable, share, processes
+
+
+@contextmanager
+def _starting(processes: int) -> Iterator[None]:
+    """Lets Tune start so many processes at once, unless the user said how many; later, the searcher keeps few trials waiting."""
+    from study.tuning.searcher import AHEAD
+
+    name = "TUNE_MAX_PENDING_TRIALS_PG"
+    with _inherited({name: os.environ.get(name, str(max(AHEAD, processes)))}):
+        yield
+
+
+def _room_for(share: Mapping[str, float]) -> int:
+    """How many trials that reserve so much the cluster has room for now."""
+    import ray
+
+    free = ray.available_resources()  # type: ignore[no-untyped-call]
+    return min(int(free.get(name.upper(), 0.0) / each) for name, each in share.items() if each)
 
 
 def share_of_a_proxy(choice: Choice) -> float:
@@ -250,8 +276,6 @@ def quiet_hosts() -> None:
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Trials start a few at a time: the first ones train while the processes of others start.
-        "TUNE_MAX_PENDING_TRIALS_PG": "2",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

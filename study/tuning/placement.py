@@ -1,11 +1,13 @@
 """Placement: which engine a proxy gets, and where engines run: one per core of the driver's node and of those that trials reach, or on each GPU.
 
     proxy on (node, GPU) ──engine──> Pool ──makes, pings, replaces──> engine at Place(node, GPU, number)
+    process of a trial ──has_begun──> RollCall: are all processes there that were expected at the study's start?
 
 Engines follow the proxies, and Ray places those: where a node with a GPU joins, its first proxy has an engine made there; where one leaves,
 its proxies are placed anew and ask again.
 """
 
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,17 +25,46 @@ class Place(NamedTuple):
     """Of the core, or among the engines that share the GPU."""
 
 
-class Pool:
+LONGEST_PAUSE = 10.0
+"""Seconds after which a process that has not come is no longer waited for."""
+
+
+class RollCall:
+    """Knows which processes of a study's trials have come, of those that it starts with.
+
+    Where a trial ends while another waits for its process to start, Tune (2.60) kills the process that starts and gives the other trial
+    the one that fell free. Trials that are shorter than a start would never get more processes than the first two: so the first result of
+    each process waits until all are there.
+    """
+
+    def __init__(self, expected: int) -> None:
+        """Expects so many."""
+        self._expected, self._here = expected, set[str]()
+        self._came = time.monotonic()
+
+    def has_begun(self, process: str) -> bool:
+        """Whether as many are here as are expected, the one that asks among them, or none has come for a while."""
+        if process not in self._here:
+            self._here.add(process)
+            self._came = time.monotonic()
+        if time.monotonic() - self._came > LONGEST_PAUSE:
+            self._expected = 0
+        return len(self._here) >= self._expected
+
+
+class Pool(RollCall):
     """Makes the engines of a study where they are asked for, and replaces those that died. An actor itself, next to the driver."""
 
-    def __init__(self, engine: type, settings: Mapping[str, Any], engines_per_gpu: int = 1) -> None:
+    def __init__(self, engine: type, settings: Mapping[str, Any], engines_per_gpu: int = 1, expected: int = 0) -> None:
         """Makes an empty pool.
 
         Args:
             engine: The class of the engines, which become actors.
             settings: Arguments of every engine, `device` among them.
             engines_per_gpu: How many share one GPU.
+            expected: Proxies that the study starts with.
         """
+        super().__init__(expected)
         self._class, self._settings, self._engines_per_gpu = engine, settings, engines_per_gpu
         self._engines: dict[Place, Any] = {}
         self._proxies: dict[str, Place] = {}

@@ -5,6 +5,7 @@ on_trial_result ──> the objective at an epoch
 on_trial_complete ─> the last result, and how the trial ended
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from study.trial import TrialSpec
 from study.tuning.search import Proposal, Search
 from study.tuning.stopping import EPOCH, OBJECTIVE
 from study.tuning.trainables import MUTATED, VALUE, ending_of
+
+AHEAD = 2
+"""Trials that wait for a process to fall free, so that it takes the next one at once: the more, the less the search knows when it proposes them."""
 
 
 class JournalSearcher(Searcher):
@@ -29,19 +33,24 @@ class JournalSearcher(Searcher):
         tags: Callable[[TrialSpec], Mapping[str, str]] = lambda trial: {},
         meter: Meter | None = None,
         pausing: bool = False,
+        processes: int = sys.maxsize,
     ) -> None:
         """Begins to propose.
 
         Args:
             pausing: Whether trials pause and go on: once it hears that no trial is to come, Tune ends a process as soon as nobody uses it.
+            processes: So many trials are proposed at once when the study starts; later, `AHEAD` more than those that run.
         """
         super().__init__(metric=OBJECTIVE, mode="min" if search.spec.objective.direction == "minimize" else "max")
         self._search, self._settings = search, dict(settings)
         self._waiting, self._tags, self._meter, self._pausing = list(resumed), tags, meter, pausing
         self._trial_ids: dict[str, str] = {}
+        self._processes, self._reporting = processes, set[str]()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The config of the next trial, or FINISHED."""
+        """The config of the next trial, None where enough of them wait for a process, or FINISHED."""
+        if not self._pausing and len(self._trial_ids) >= max(self._processes, len(self._reporting)) + AHEAD:
+            return None
         if self._waiting:
             proposal, history = self._waiting.pop(0)
         else:
@@ -62,6 +71,7 @@ class JournalSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Notes the objective at an epoch."""
+        self._reporting.add(trial_id)
         self._note(self._trial_ids[trial_id], result)
 
     def _note(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -73,6 +83,7 @@ class JournalSearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells how the trial ended; Tune withholds the last result of a stopped trial from `on_trial_result`."""
         ours = self._trial_ids.pop(trial_id, None)
+        self._reporting.discard(trial_id)
         if ours is None:
             return
         last = [(result[EPOCH], result[OBJECTIVE])] if result and OBJECTIVE in result else []

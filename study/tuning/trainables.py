@@ -34,6 +34,9 @@ SNAPSHOT_SECONDS = 5.0
 MOST_ENGINES = 5
 """Engines that a trial tries for one epoch before it gives up."""
 
+PAUSE = 0.1
+"""Seconds between two looks at the roll call."""
+
 LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.RaySystemError)
 """What Ray raises when another process or node is gone: no fault of the trial."""
 
@@ -58,9 +61,12 @@ class StudyTrainable(tune.Trainable):
 
     Its config: `trial_id`, `arm`, `trial` (the spec as JSON), `objective` (JSON), `folder` (the study's), `device`,
     `epoch` and `history` (where an earlier start left the trial), `keep_weights` (`best`, `all` or `none`), `patience` and `grace` (epochs),
-    `test` (whether the test images are looked at, at its end), `replicate_of` (the trial that it repeats, or nothing), `pool`, the name of
-    the pool of engines, where trials are fused, and `exploit`, what it took over last in a population.
+    `test` (whether the test images are looked at, at its end), `replicate_of` (the trial that it repeats, or nothing), `roll`, the name of
+    the study's RollCall, `pool`, the name of the pool of engines, where trials are fused, and `exploit`, what it took over last in a population.
     """
+
+    _has_begun = False
+    """Whether the processes that the study starts with are there, as far as this one knows."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Takes the config; training starts with the first step, so that errors there are the trial's own."""
@@ -79,7 +85,9 @@ class StudyTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """One epoch of the trial, as a Tune result."""
         try:
-            return self._report(self._advance())
+            progress = self._advance()
+            self._wait_for_others()
+            return self._report(progress)
         except LOST:
             raise  # Tune gives the trial another process
         except Exception as error:  # whatever the user's model, data or metric raises fails this trial, not the study
@@ -97,6 +105,18 @@ class StudyTrainable(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Goes on from the trial's own snapshot, or with the state of another trial where the checkpoint is that one's."""
         self._exploit = exploit_of(Path(checkpoint), self._config)
+
+    def _wait_for_others(self) -> None:
+        """Holds the first result of this process back until the study has all processes that it starts with: see RollCall."""
+        while not self._has_begun:
+            roll = self._config.get("roll")
+            self._has_begun = not roll or bool(ray.get(ray.get_actor(roll).has_begun.remote(self._process)))
+            if not self._has_begun:
+                time.sleep(PAUSE)
+
+    @property
+    def _process(self) -> str:
+        return str(ray.get_runtime_context().get_actor_id())
 
     def _saved(self) -> int:
         """Writes the trial's state; returns its epoch."""
@@ -209,18 +229,14 @@ class FusedTrainable(StudyTrainable):
     def cleanup(self) -> None:
         """Lets go of the trial and of the engine."""
         self._leave()
-        self._pool.leave.remote(self._proxy)
-
-    @property
-    def _proxy(self) -> str:
-        return str(ray.get_runtime_context().get_actor_id())
+        self._pool.leave.remote(self._process)
 
     def _start_over(self) -> None:
         self._leave()
 
     def _leave(self) -> None:
         if self._engine is not None and not self._is_away:
-            self._engine.release.remote(self._trial_id, self._proxy)
+            self._engine.release.remote(self._trial_id, self._process)
             self._is_away = True
 
     def _advance(self) -> Progress:
@@ -240,7 +256,7 @@ class FusedTrainable(StudyTrainable):
 
     def _wanted(self) -> tuple[Any, ...]:
         """What an engine is asked for."""
-        return self._trial_id, self._config["trial"], self._epoch, self._config["test"], self._proxy, self._is_anew, self._exploit
+        return self._trial_id, self._config["trial"], self._epoch, self._config["test"], self._process, self._is_anew, self._exploit
 
     @property
     def _pool(self) -> Any:
@@ -249,4 +265,4 @@ class FusedTrainable(StudyTrainable):
     def _found(self, lost: bool) -> Any:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
-        return ray.get(self._pool.engine.remote(self._proxy, context.get_node_id(), gpus[0] if gpus else "", lost))
+        return ray.get(self._pool.engine.remote(self._process, context.get_node_id(), gpus[0] if gpus else "", lost))

@@ -43,7 +43,7 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     """Runs the study, with its records in MLflow or in the ledger alone."""
     start = time.time()
     spec, home = spec_of(network, engine), Path(folder)
-    ticks, processes = _counted_ticks(), watched()
+    ticks, processes = counted_ticks(), watched()
     if mlflow:
         from study.tuning.driver import run
 
@@ -55,7 +55,7 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     print(json.dumps({**times, "occupancy": _occupancy(ticks)}))
 
 
-def _counted_ticks() -> list[list[int]]:
+def counted_ticks() -> list[list[int]]:
     """Will hold the trials in every tick of each fused engine, once the study has ended."""
     import ray
 
@@ -65,8 +65,8 @@ def _counted_ticks() -> list[list[int]]:
     original = actor.pool
 
     @contextmanager
-    def counted(settings: dict[str, Any]) -> Iterator[str]:
-        with original(settings) as name:
+    def counted(*arguments: Any) -> Iterator[str]:
+        with original(*arguments) as name:
             yield name
             found.extend(ray.get(ray.get_actor(name).occupancy.remote()))
 

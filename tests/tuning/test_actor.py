@@ -30,6 +30,7 @@ from study.tuning import actor
 from study.tuning.actor import EngineActor
 from study.tuning.driver import StudyResult, run
 from study.tuning.trial_files import snapshot_path
+from tests.benchmarks.our_tune import counted_ticks
 from tests.tuning.test_driver import all_agree, mlflow_runs, prepared, spec
 
 EPOCHS = 6
@@ -170,6 +171,35 @@ async def test_a_tick_waits_for_trials_that_are_about_to_ask(engine: Scripted, p
     await asyncio.sleep(0)
     assert (await proxies.train("b"), await first) == ([2], Progress("a", Measurement(20, 2, {})))
     assert engine.ticks == [["a", "b"]] * 2
+
+
+@in_a_loop
+async def test_trials_that_began_apart_are_trained_together_from_then_on(engine: Scripted, proxies: Proxies, monkeypatch: pytest.MonkeyPatch) -> None:
+    await proxies.train("a")
+    monkeypatch.setattr(actor, "SHORTEST_WAIT", 60.0)
+    engine.may_go_on.clear()
+    first = proxies.ask("a")
+    await busy(engine)
+    late = proxies.ask("b")
+    await asyncio.sleep(0)
+    engine.may_go_on.set()
+    await first
+    assert await proxies.train("a") == [3]
+    assert (await late).measurement.epoch == 1
+    assert await proxies.train("a", "b") == [4, 2]
+    assert engine.ticks == [["a"], ["a"], ["b", "a"], ["a", "b"]]
+
+
+@in_a_loop
+async def test_a_trial_that_was_stopped_is_not_waited_for(engine: Scripted, proxies: Proxies, monkeypatch: pytest.MonkeyPatch) -> None:
+    await proxies.train("a", "b")
+    monkeypatch.setattr(actor, "SHORTEST_WAIT", 60.0)
+    waiting = proxies.ask("a")
+    await asyncio.sleep(0)
+    await proxies.actor.release("b")
+    assert await proxies.train("c") == [1]  # whose place is free
+    assert (await waiting).measurement.epoch == 2
+    assert engine.ticks == [["a", "b"], ["a", "c"]]
 
 
 @in_a_loop
@@ -402,10 +432,15 @@ def test_a_fused_study_is_told_and_remembered_as_a_solo_one_is(undisturbed: tupl
         assert "model.safetensors" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-@pytest.mark.long
-def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path) -> None:
-    studied = spec("halved", trial=TRIAL, trials=10, stopping={"scheduler": "asha", "grace": 1, "reduction": 2}, **FUSED)
+def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials that are far shorter than the start of a process, too: in its middle, engines train as many at once as they have slots."""
+    monkeypatch.setattr(actor, "pool", actor.pool)
+    ticks = counted_ticks()
+    trial = {**TRIAL, "data": {"batch_size": 16}}
+    studied = spec("halved", trial=trial, trials=16, stopping={"scheduler": "asha", "grace": 1, "reduction": 2}, **FUSED)
     result = run(studied, home=home)
+    assert len(ticks) == 2
+    assert all(max(engine) == 2 and engine.count(2) > engine.count(1) for engine in ticks), str(ticks)
     all_agree(home, studied)
     outcomes = list(result.trials["outcome"])
     assert set(outcomes) == {"completed", "stopped"}

@@ -147,8 +147,8 @@ def test_a_study_that_asks_for_half_a_gpu_for_an_engine_has_two_on_each() -> Non
     with a_cluster({"num_gpus": 1}) as cluster:
         settings = settings_of(studied, Path("halves"))
         [node] = [machine.node_id for machine in cluster.worker_nodes]
-        with _trained_by(choice, studied, settings) as (trainable, share):
-            assert (trainable, share) == (FusedTrainable, {"cpu": 0.0, "gpu": 0.125})
+        with _trained_by(choice, studied, settings, wanted=100) as (trainable, share, processes):
+            assert (trainable, share, processes) == (FusedTrainable, {"cpu": 0.0, "gpu": 0.125}, 8)
             pool = ray.get_actor(settings["pool"])
             given = ray.get([pool.engine.remote(f"proxy {number}", node, "0") for number in range(8)])
             assert sorted(given.count(engine) for engine in set(given)) == [4, 4]

@@ -34,14 +34,15 @@ def tune_here(
     outbox: Outbox,
     interrupt: threading.Event,
     choice: Choice,
-    searcher: Callable[[dict[str, Any]], Searcher],
+    searcher: Callable[[dict[str, Any], int], Searcher],
     scheduler: object,
     meter: Meter,
     *,
     samples: int,
+    at_once: int,
 ) -> tuple[str, str]:
     """Does what Ray Tune does with our searcher, trainable and callback: one trial after the other, in this process."""
-    search = searcher(hosting.settings_of(studied, folder))
+    search = searcher(hosting.settings_of(studied, folder), at_once)
     callback = LedgerCallback(outbox, folder, studied.objective, FirstFailures(0))
     for number in map(str, range(samples)):
         config: Any = search.suggest(number)

@@ -24,7 +24,7 @@ TRIAL = TrialSpec.model_validate(
 )
 
 
-def trainable(folder: Path) -> SoloTrainable:
+def trainable(folder: Path, **more: str) -> SoloTrainable:
     """A trial without Ray around it."""
     found = SoloTrainable.__new__(SoloTrainable)
     objective = ObjectiveSpec(metric="val/loss").model_dump_json()
@@ -38,6 +38,7 @@ def trainable(folder: Path) -> SoloTrainable:
             "keep_weights": "none",
             "history": [],
             "test": False,
+            **more,
         }
     )
     return found
