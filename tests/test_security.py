@@ -17,8 +17,7 @@ import pytest
 import torch
 import yaml
 
-from study import cli
-from study.cli import main
+from study.cli import app, main, upkeep
 from study.engines.engine import Snapshot
 from study.errors import NotFound, SpecError
 from study.home import StudyFolder
@@ -80,7 +79,7 @@ def test_a_name_of_a_study_never_leads_out_of_the_home(name: str, home: Path) ->
 
 TAKE_A_NAME = sorted(
     command.name or command.callback.__name__
-    for command in cli.app.registered_commands
+    for command in app.registered_commands
     if command.callback and "name" in inspect.signature(command.callback).parameters
 )
 """Every command that takes the name of a study."""
@@ -122,7 +121,7 @@ def test_a_snapshot_from_elsewhere_executes_nothing(write: Any, tmp_path: Path) 
 
 
 def test_servers_are_on_loopback_unless_told_otherwise() -> None:
-    assert inspect.signature(cli.ui).parameters["host"].default == "127.0.0.1"
+    assert inspect.signature(upkeep.ui).parameters["host"].default == "127.0.0.1"
     for name in ("cluster.yaml", "examples/services/compose.yaml"):
         text = (ROOT / name).read_text()
         assert yaml.safe_load(text)
