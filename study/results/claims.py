@@ -87,11 +87,6 @@ def write_verdicts(verdicts: Sequence[Verdict], path: Path) -> None:
     write_whole(path, json.dumps(verdicts_document(verdicts), indent=2, ensure_ascii=False) + "\n")
 
 
-def verdict_tags(verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """The tags of the study's run."""
-    return {f"study.claim.{verdict.id}": verdict.verdict for verdict in verdicts}
-
-
 def judged(expect: Expectation, found: Measured) -> tuple[Literal["confirmed", "refuted", "inconclusive"], str]:
     """The verdict, and why it is inconclusive."""
     if found.n < LEAST_UNITS or found.interval is None:

@@ -40,6 +40,9 @@ ENDING_TAGS = ("study.outcome", "study.stop_reason", "study.divergence", "study.
 PLANNED = "study.trials"
 """The tag that only a study's own run has: how many trials it plans."""
 
+VERDICT = "study.claim."
+"""How the tags of a study's run begin that hold the verdicts of its claims; a claim's id follows."""
+
 _KEY = re.compile(r"[A-Za-z0-9_\- :]+")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_\-. /:]")
 _USER = re.compile(r"(?<=://)([^\s/?#]*)@")

@@ -21,7 +21,7 @@ from study.errors import HomeError, NotFound, TrackingUnavailable
 from study.measurement import finite
 from study.spec import StudySpec
 from study.tracking.delivery import Delivery
-from study.tracking.names import MOST_PARAM, MOST_TAG, PLANNED, StudyIdentity, masked, params_of, shortened
+from study.tracking.names import MOST_PARAM, MOST_TAG, PLANNED, VERDICT, StudyIdentity, masked, params_of, shortened
 from study.tracking.outbox import Event, Outbox
 from study.tracking.store import Refused, Store, connect
 from study.tracking.summaries import Point
@@ -110,20 +110,22 @@ class Recorder:
         state: Literal["finished", "interrupted", "failed"],
         artifacts: Sequence[Path] = (),
         metrics: Mapping[str, float] | None = None,
-        tags: Mapping[str, str] | None = None,
+        verdicts: Mapping[str, str] | None = None,
     ) -> None:
-        """Adds the study's own artifacts, metrics (at step 0) and tags to its run, and closes it.
+        """Adds the study's own artifacts, metrics (at step 0) and verdicts to its run, and closes it.
 
         Args:
             state: Where the study stands now: an `interrupted` one can be resumed, a `failed` one has no result.
+            verdicts: Of its claims, by their ids; they take the place of all that the run has. By default these stay.
 
         Raises:
             TrackingUnavailable: if the store does not answer for a minute.
         """
         assert self._store is not None, "open() comes first"
         points = [(Point(name, 0, value), _now()) for name, value in finite(metrics or {}).items()]
-        texts = {name: shortened(text, MOST_TAG) for name, text in (tags or {}).items()}
-        _patiently(partial(self._store.log, self.parent, points, tags=texts))
+        _patiently(partial(self._store.log, self.parent, points))
+        if verdicts is not None:
+            _patiently(partial(_replace_verdicts, self._store, self.parent, verdicts))
         for file in artifacts:
             _patiently(partial(self._store.upload, self.parent, file))
         _patiently(partial(self._store.end, self.parent, STUDY_STATUS[state], _now()))
@@ -240,16 +242,23 @@ class Recorder:
         return found[0].run_id
 
 
-def add_to_run(tracking_uri: str, run_id: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> None:
-    """Adds files and tags to a run that has ended, which stays so; a file in place of one of the same name.
+def add_to_run(tracking_uri: str, run_id: str, artifacts: Sequence[Path], verdicts: Mapping[str, str]) -> None:
+    """Adds files and verdicts to a study's run that has ended, which stays so: a file in place of one of the same name, the verdicts of all.
 
     Raises:
         TrackingUnavailable: if the store does not answer.
     """
     store = connect(tracking_uri)
-    store.log(run_id, tags=tags)
+    _replace_verdicts(store, run_id, verdicts)
     for file in artifacts:
         store.upload(run_id, file)
+
+
+def _replace_verdicts(store: Store, run_id: str, verdicts: Mapping[str, str]) -> None:
+    """Sets the tags of a study's verdicts, and removes those of claims that have none any more."""
+    tags = {f"{VERDICT}{claim}": verdict for claim, verdict in verdicts.items()}
+    store.log(run_id, tags=tags)
+    store.forget(run_id, [name for name in store.run(run_id).tags if name.startswith(VERDICT) and name not in tags])
 
 
 def study_params(spec: StudySpec) -> dict[str, str]:

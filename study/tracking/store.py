@@ -186,12 +186,16 @@ class Store:
 
     def reopen(self, run: Run, forget: Iterable[str] = ()) -> None:
         """Makes an ended run a running one, without the tags that spoke of its end."""
+        self.forget(run.run_id, (name for name in forget if name in run.tags))
         with self._asking():
-            for name in forget:
-                if name in run.tags:
-                    self._client.delete_tag(run.run_id, name)
             if run.status != "RUNNING":
                 self._client.update_run(run.run_id, status="RUNNING")
+
+    def forget(self, run_id: str, tags: Iterable[str]) -> None:
+        """Removes tags, which the run has."""
+        with self._asking():
+            for name in tags:
+                self._client.delete_tag(run_id, name)
 
     def log(
         self,

@@ -134,10 +134,10 @@ def recorded(
     if undelivered:
         raise undelivered[0]
     artifacts += draw(folder, spec, result.trials, recorder.attach)
-    tags = _verify(folder, spec, result.trials)
+    verdicts = _verify(folder, spec, result.trials)
     state: Literal["finished", "failed"] = "finished" if result.best else "failed"
     artifacts += _report(folder, spec, result.trials, state)
-    recorder.finish(state, [*artifacts, folder.claims], tags=tags)
+    recorder.finish(state, [*artifacts, folder.claims], verdicts=verdicts)
     folder.update(state=state)
     return result
 
@@ -303,14 +303,14 @@ def _kept_weights(folder: StudyFolder, records: list[TrialRecord], best: BestCon
 
 
 def _verify(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame") -> dict[str, str]:
-    """Tests the study's claims, writes their verdicts into its folder and returns the tags of its run; a claim that cannot be tested is logged."""
-    from study.results.claims import verdict_tags, verify_each, write_verdicts
+    """Tests the study's claims, writes down their verdicts in its folder and returns them by claim; a claim that cannot be tested is logged."""
+    from study.results.claims import verify_each, write_verdicts
 
     verdicts, problems = verify_each(spec.claims, table)
     for problem in problems:
         log.warning("warning: not tested: %s", problem)
     write_verdicts(verdicts, folder.claims)
-    return verdict_tags(verdicts)
+    return {verdict.id: verdict.verdict for verdict in verdicts}
 
 
 def _report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: State) -> list[Path]:
@@ -321,7 +321,7 @@ def _report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: 
 
 
 def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
-    """The result of a study that has ended; claims that it did not make before are tested now."""
+    """The result of a study that has ended; its claims are tested anew, as they may have changed since."""
     import pandas as pd
 
     from study.results.best import read_best
@@ -329,10 +329,10 @@ def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult
     best = read_best(folder.best) if folder.best.exists() else None
     table = pd.read_parquet(folder.table)
     before = folder.claims.read_text("utf-8") if folder.claims.exists() else ""
-    tags = _verify(folder, spec, table)
-    if spec.claims and folder.claims.read_text("utf-8") != before:
+    verdicts = _verify(folder, spec, table)
+    if (spec.claims or before) and folder.claims.read_text("utf-8") != before:
         report = _report(folder, spec, table, folder.card().state)
-        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], tags)
+        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], verdicts)
     return StudyResult(folder.card().study_id, best, table)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from study.claimspec import ClaimSpec, Expectation
 from study.errors import InputError
-from study.results.claims import Verdict, judged, verdict_tags, verdicts_document, verify, verify_each, write_verdicts
+from study.results.claims import Verdict, judged, verdicts_document, verify, verify_each, write_verdicts
 from study.results.quantities import Measured
 
 RATES = (0.05, 0.1, 0.2, 0.4)
@@ -361,7 +361,7 @@ def test_thirty_seeds_are_bootstrapped() -> None:
     assert lopsided(skewed) > 1.1
 
 
-def test_verdicts_are_a_document_and_tags(tmp_path: Path) -> None:
+def test_verdicts_are_a_document(tmp_path: Path) -> None:
     verdicts = verify([claim({"between": [0.45, 0.55]}, slope=HALF)], power(5))
     write_verdicts(verdicts, tmp_path / "claims.json")
     document = json.loads((tmp_path / "claims.json").read_text())
@@ -369,5 +369,4 @@ def test_verdicts_are_a_document_and_tags(tmp_path: Path) -> None:
     assert document["tested"] == 1
     assert {"id", "says", "source", "expected", "estimate", "interval", "n", "verdict"} <= set(document["claims"][0])
     assert (document["claims"][0]["expected"], document["claims"][0]["n"]) == ({"between": [0.45, 0.55]}, 5)
-    assert verdict_tags(verdicts) == {"study.claim.x": "confirmed"}
     assert verdicts_document([]) == {"claims": [], "tested": 0}

@@ -20,7 +20,7 @@ from study.spec import StudySpec
 from study.traces import read_trace
 from study.tracking import store
 from study.tracking.outbox import FILE, Outbox
-from study.tracking.recorder import Recorder
+from study.tracking.recorder import Recorder, add_to_run
 from study.tracking.store import MOST_METRICS, connect
 from study.tracking.summaries import MOST_POINTS
 from tests.tracking.scenes import LAYERS, layer, measurement, study_spec
@@ -311,13 +311,36 @@ def test_artifacts_lie_next_to_a_sqlite_store(study: Recorder) -> None:
 
 
 @pytest.mark.parametrize(("state", "status"), [("finished", "FINISHED"), ("interrupted", "KILLED"), ("failed", "FAILED")])
-def test_a_study_is_finished_with_its_artifacts_metrics_and_tags(tracking_uri: str, tmp_path: Path, state: Any, status: str) -> None:
+def test_a_study_is_finished_with_its_artifacts_metrics_and_verdicts(tracking_uri: str, tmp_path: Path, state: Any, status: str) -> None:
     recorder = opened(tmp_path, tracking_uri)
     (tmp_path / "best.yaml").write_text("trial_id: roles-0000")
-    recorder.finish(state, [tmp_path / "best.yaml"], {"best/val/error": 0.1, "broken": math.nan}, {"study.best": "roles-0000"})
+    recorder.finish(state, [tmp_path / "best.yaml"], {"best/val/error": 0.1, "broken": math.nan}, {"grows": "confirmed"})
     run = all_runs(tracking_uri)[""]
-    assert (run.info.status, run.data.metrics, run.data.tags["study.best"]) == (status, {"best/val/error": 0.1}, "roles-0000")
+    assert (run.info.status, run.data.metrics, run.data.tags["study.claim.grows"]) == (status, {"best/val/error": 0.1}, "confirmed")
     assert [artifact.path for artifact in client(tracking_uri).list_artifacts(recorder.parent)] == ["best.yaml"]
+
+
+def test_verdicts_take_the_place_of_those_before(tracking_uri: str, tmp_path: Path) -> None:
+    """A claim that is no longer made has no verdict any more; the user's own tags are none of ours."""
+    recorder = opened(tmp_path, tracking_uri)
+
+    def said() -> dict[str, str]:
+        return {name: text for name, text in all_runs(tracking_uri)[""].data.tags.items() if "claim" in name}
+
+    mine = {"claimed.by": "me", "study.claims": "two"}
+    for name, text in mine.items():
+        client(tracking_uri).set_tag(recorder.parent, name, text)
+    recorder.finish("finished", verdicts={"grows": "confirmed", "shrinks": "refuted"})
+    assert said() == {**mine, "study.claim.grows": "confirmed", "study.claim.shrinks": "refuted"}
+    again = opened(tmp_path, tracking_uri)
+    again.finish("interrupted")
+    assert said() == {**mine, "study.claim.grows": "confirmed", "study.claim.shrinks": "refuted"}
+    again.finish("finished", verdicts={"grows": "inconclusive"})
+    assert said() == {**mine, "study.claim.grows": "inconclusive"}
+    add_to_run(tracking_uri, recorder.parent, [], {"shrinks": "confirmed"})
+    assert said() == {**mine, "study.claim.shrinks": "confirmed"}
+    add_to_run(tracking_uri, recorder.parent, [], {})
+    assert said() == mine and all_runs(tracking_uri)[""].info.status == "FINISHED"
 
 
 def test_a_run_that_a_lost_answer_left_behind_is_deleted(tracking_uri: str, tmp_path: Path) -> None:

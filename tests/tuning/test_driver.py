@@ -151,7 +151,7 @@ def test_a_study_is_trained_told_and_remembered(home: Path) -> None:
 
 
 def test_claims_are_tested_at_the_end_and_later_ones_on_the_same_trials(home: Path) -> None:
-    """One seed is too few for any verdict; a claim that cannot be tested costs the study nothing."""
+    """One seed is too few for any verdict; a claim that cannot be tested costs the study nothing, and one that is removed leaves nothing behind."""
     slope = {"says": "It grows.", "slope": {"y": "final/val/error", "x": "optimizer.lr"}, "expect": {"above": 0}}
     paired = {"metric": "final/val/error", "arm": "optimizer.gamma", "a": "all", "b": "none", "paired_by": "seed"}
     claims = [{"id": "first", **slope}, {"id": "untestable", "says": "It helps.", "contrast": paired, "expect": {"below": 0}}]
@@ -167,6 +167,12 @@ def test_claims_are_tested_at_the_end_and_later_ones_on_the_same_trials(home: Pa
     kept = json.loads(Path(client.download_artifacts(parent.info.run_id, "claims.json", str(home))).read_text())
     assert [claim["id"] for claim in kept["claims"]] == ["first", "later"] and kept["tested"] == 2
     assert kept == json.loads((home / "claims" / "claims.json").read_text())
+    for left in ([{"id": "later", **slope}], []):
+        run(spec("claims", trials=6, claims=left, **SERIAL), home=home)
+        parent, _, client = mlflow_runs(home, "claims")
+        assert [name for name in parent.data.tags if name.startswith("study.claim.")] == [f"study.claim.{claim['id']}" for claim in left]
+        kept = json.loads(Path(client.download_artifacts(parent.info.run_id, "claims.json", str(home))).read_text())
+        assert [claim["id"] for claim in kept["claims"]] == [claim["id"] for claim in left]
 
 
 def values_of(trials: pd.DataFrame) -> dict[str, float]:
