@@ -8,7 +8,7 @@ result with the solo engine before a study uses it.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,6 +36,8 @@ class Converted:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._nodes = list(traced.graph.nodes)
         self._last_use = _last_uses(self._nodes)
+        # Looked up once: in small models, asking a module for its parameters takes longer than computing with them.
+        self._layers = {node: self._layer(node) for node in self._nodes if node.op == "call_module"}
 
     def __call__(self, images: Tensor, run: Pass) -> Tensor:
         """Images [slots, batch, ...] to logits [slots, batch, classes]."""
@@ -59,16 +61,33 @@ class Converted:
                 del known[done]
         raise AssertionError("a traced graph ends in its output")
 
-    def _module(self, node: fx.Node, known: Mapping[fx.Node, Any], run: Pass) -> Any:
+    def _layer(self, node: fx.Node) -> "_Layer":
         path = str(node.target)
         module = self._modules[path]
-        own = _own_values(module, path, run.values)
         handler = next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
-        value = _given(node.args[0], known)
-        if handler is not None and len(node.args) == 1 and not node.kwargs:
-            return handler(module, value, own, Site(run, _may_overwrite(node, self._modules)))
+        names = {name: f"{path}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        is_plain = len(node.args) == 1 and not node.kwargs
+        return _Layer(module, handler if is_plain else None, names, _may_overwrite(node, self._modules))
+
+    def _module(self, node: fx.Node, known: Mapping[fx.Node, Any], run: Pass) -> Any:
+        layer = self._layers[node]
+        own = {name: run.values[full] for name, full in layer.names.items()}
+        if layer.handler is not None:
+            return layer.handler(layer.module, _given(node.args[0], known), own, Site(run, layer.may_overwrite))
         arguments = [as_rows(_given(argument, known)) for argument in node.args]
-        return vmap(lambda values, *inputs: functional_call(module, values, inputs))(own, *arguments)
+        return vmap(lambda values, *inputs: functional_call(layer.module, values, inputs))(own, *arguments)
+
+
+class _Layer(NamedTuple):
+    """A module where the model calls it."""
+
+    module: nn.Module
+    handler: Callable[..., Any] | None
+    """What computes it over slots; None where only vmap can."""
+    names: Mapping[str, str]
+    """Its own parameters and buffers, by the names that it knows them by, and those that the model knows them by."""
+    may_overwrite: bool
+    """Whether its input may be written over."""
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -83,12 +102,6 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 
 def _given(argument: Any, known: Mapping[fx.Node, Any]) -> Any:
     return fx.node.map_arg(argument, lambda node: known[node])
-
-
-def _own_values(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of a module's own parameters and buffers, by the names that it knows them by."""
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    return {name: values[f"{path}.{name}"] for name in names}
 
 
 OVERWRITABLE = (nn.Conv2d, nn.Linear, _NormBase, nn.GroupNorm, nn.LayerNorm)

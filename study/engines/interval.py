@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from study.engines.arithmetic import Mode, Pass
 from study.engines.bank import Bank, Member
 from study.engines.solo import STATISTICS_IMAGES
-from study.engines.updates import OPTIONS, Decay, Moments, Vectors, beside, clipped, corrections, step
+from study.engines.updates import OPTIONS, Decay, Moments, Step, Vectors, beside, clipped, corrections, step
 from study.measurement import LayerSample, Progress, Reason
 from study.optimizer import OptimizerSpec
 from study.training.decay import Planned, rule_of
@@ -37,6 +37,17 @@ EVALUATION_IMAGES = 256
 
 NOTHING = torch.empty(0)
 """Stands for a moment that a parameter's rule does not remember."""
+
+
+class _Moving(NamedTuple):
+    """The parameters that a step moves, and what goes with them."""
+
+    place: dict[int, int]
+    """Where each of them stands in the lists, by its index among all parameters."""
+    weights: list[Tensor]
+    moments: Moments
+    decays: dict[int, Decay]
+    how: Step
 
 
 class Interval:
@@ -60,6 +71,7 @@ class Interval:
         self.dtype = self.weights[0].dtype
         self.decays = self._decays()
         self.seen: list[tuple[int, dict[int, Tensor], dict[int, Tensor]]] = []
+        self._known: dict[tuple[int, ...], _Moving] = {}
 
     def run(self) -> list[Progress]:
         """Trains, evaluates and measures."""
@@ -101,21 +113,31 @@ class Interval:
         return torch.stack(rows, dim=1)
 
     def _update(self, number: int, gradients: list[Tensor | None], tables: Mapping[str, Tensor]) -> None:
-        used = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        place = {index: position for position, index in enumerate(used)}
-        vectors = Vectors({_renumbered(name, place): table[number] for name, table in tables.items()})
-        weights, slopes = [self.weights[index].detach() for index in used], [gradient for gradient in gradients if gradient is not None]
+        moving = self._moving(tuple(index for index, gradient in enumerate(gradients) if gradient is not None))
+        vectors = Vectors({_renumbered(name, moving.place): table[number] for name, table in tables.items()})
+        slopes = [gradient for gradient in gradients if gradient is not None]
         if "clip" in vectors:
             slopes = clipped(slopes, vectors["clip"])
-        watched = self._watched(number)
-        moments = {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()}
-        decays = {place[index]: decay for index, decay in self.decays.items() if index in place}
-        aux, held = (frozenset(place[index] for index in which if index in place) for which in (self.bank.how.aux, self.bank.how.held))
-        how = replace(self.bank.how, aux=aux, held=held)
-        seen = step(how, weights, slopes, moments, decays, vectors, [place[index] for index in watched if index in place])
+        watched = [moving.place[index] for index in self._watched(number) if index in moving.place]
+        seen = step(moving.how, moving.weights, slopes, moving.moments, moving.decays, vectors, watched)
         if watched:
+            used = list(moving.place)
             found = {used[position]: dots for position, dots in seen.items()}
             self.seen.append((number, found, self._inverse_roots(found, vectors)))
+
+    def _moving(self, used: tuple[int, ...]) -> "_Moving":
+        """What a step moves where only these parameters have gradients: as good as always the same ones."""
+        if used not in self._known:
+            place = {index: position for position, index in enumerate(used)}
+            aux, held = (frozenset(place[index] for index in which if index in place) for which in (self.bank.how.aux, self.bank.how.held))
+            self._known[used] = _Moving(
+                place,
+                [self.weights[index].detach() for index in used],
+                {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()},
+                {place[index]: decay for index, decay in self.decays.items() if index in place},
+                replace(self.bank.how, aux=aux, held=held),
+            )
+        return self._known[used]
 
     def _hold(self) -> None:
         """What the constraint reads of each weight that it holds, beside the rule's moments."""
