@@ -35,11 +35,12 @@ from study.trial import TrialSpec
 from study.tuning.choosing import Choice, choose
 from study.tuning.earlier import Earlier, earlier_trials
 from study.tuning.exploiting import mutations
-from study.tuning.hosting import one_ray, tune_study
+from study.tuning.hosting import tune_study
 from study.tuning.points import planned, wished
 from study.tuning.preflight import audit
 from study.tuning.replicating import train_replicates
 from study.tuning.replication import wanted
+from study.tuning.starting import on_ray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,19 +96,18 @@ def run(
             return read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
-        store = tracking_uri_for(base, tracking_uri)
-        choice = choose(spec, base)
-        log.warning("engine: %s, as %s", choice.engine, choice.why)
+        with on_ray():
+            choice = choose(spec, base)
+            log.warning("engine: %s, as %s", choice.engine, choice.why)
 
-        def work(interrupt: threading.Event) -> str:
-            began = time.monotonic()
-            with one_ray() if spec.replicate.top else nullcontext():
+            def work(interrupt: threading.Event) -> str:
+                began = time.monotonic()
                 alike = _search(spec, folder, choice, interrupt, wishes, earlier)
                 if spec.replicate.top and not interrupt.is_set() and not alike:
                     train_replicates(spec, folder, choice, interrupt, began)
-            return alike
+                return alike
 
-        return recorded(spec, folder, store, choice, watch, work)
+            return recorded(spec, folder, tracking_uri_for(base, tracking_uri), choice, watch, work)
 
 
 def _is_complete(spec: StudySpec, folder: StudyFolder) -> bool:

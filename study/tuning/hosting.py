@@ -5,37 +5,28 @@ stopping ─> ArmScheduler ──┼── tune.run ── SoloTrainable, or Fus
 interrupt, budget ─> stop ─┘
 """
 
-import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from study.budget import Meter
-from study.errors import ClusterLost, InputError
+from study.errors import InputError
 from study.measurement import History
 from study.spec import ResourcesSpec, StudySpec
 from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
 from study.tuning.choosing import Choice
+from study.tuning.starting import inherited, on_ray, quiet_hosts
 from study.tuning.status import meter_of
 
 if TYPE_CHECKING:
     from study.tuning.failures import FirstFailures
     from study.tuning.handing import Plan
     from study.tuning.search import Proposal, Search
-
-WORKERS = {
-    "OMP_NUM_THREADS": "1",
-    # Tensors of some megabytes come and go with every step: memory that is freed is kept, as fetching it anew costs up to a tenth of the time.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-}
-"""Environment of the processes that train."""
 
 
 def device_of(resources: ResourcesSpec) -> str:
@@ -128,7 +119,6 @@ def tune_trials(
         The limit that ended it, as `Meter.reached` names it, and what the first trials all failed with; empty where there is none.
     """
     quiet_hosts()
-    import ray
     from ray import tune
 
     from study.tuning.callbacks import LedgerCallback
@@ -136,7 +126,10 @@ def tune_trials(
 
     settings, failures = settings_of(spec, folder), FirstFailures(spec.budget.same_failures)
     stopper, lives = _stopper(meter, interrupt, failures), spec.resources.max_failures
-    with named(str(folder)), _ray(ray), _trained_by(choice, spec, settings, at_once) as (trainable, share, processes), _starting(processes):
+    with named(str(folder)), ExitStack() as stack:
+        stack.enter_context(on_ray())()
+        trainable, share, processes = stack.enter_context(_trained_by(choice, spec, settings, at_once))
+        stack.enter_context(_starting(processes))
         tune.run(
             trainable,
             name="ray",
@@ -209,7 +202,7 @@ def _starting(processes: int) -> Iterator[None]:
     from study.tuning.searcher import AHEAD
 
     name = "TUNE_MAX_PENDING_TRIALS_PG"
-    with _inherited({name: os.environ.get(name, str(max(AHEAD, processes)))}):
+    with inherited({name: os.environ.get(name, str(max(AHEAD, processes)))}):
         yield
 
 
@@ -265,87 +258,3 @@ def _stopper(meter: Meter, interrupt: threading.Event, failures: "FirstFailures"
             return (dict, ())  # Tune pickles the stopper beside its own state, which nobody reads
 
     return StudyStopper()
-
-
-def quiet_hosts() -> None:
-    """Tune's own loggers, tables and Ctrl-C handling are replaced by ours; nothing phones home."""
-    defaults = {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-@contextmanager
-def one_ray() -> Iterator[None]:
-    """One Ray for all that the block lets Tune run: starting it takes seconds."""
-    quiet_hosts()
-    import ray
-
-    with _ray(ray):
-        yield
-
-
-@contextmanager
-def _ray(ray: Any) -> Iterator[None]:
-    """A Ray of our own, or the cluster that `RAY_ADDRESS` names; a Ray that runs in this process already is used and left alone.
-
-    Without an address, Ray would join a cluster that somebody started on this machine, and end with it (ray 2.60).
-    """
-    if ray.is_initialized():
-        yield
-        return
-    environment = {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}
-    common = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        with _own_signals():
-            if address:
-                ray.init(address=address, runtime_env={"env_vars": environment}, **common)
-            else:
-                # Inherited rather than a runtime environment: the workers that Ray starts beforehand have none, and only then can be used.
-                with _inherited(environment):
-                    ray.init(address="local", include_dashboard=False, object_store_memory=200_000_000, **common)
-    except Exception as error:  # Ray raises plain ones
-        said = " ".join(str(error).split())[:200]
-        remedy = (
-            "is the cluster up, and is the address right?"
-            if address
-            else "on a machine that is very busy it takes too long: the same command tries again"
-        )
-        raise ClusterLost(f"Ray did not start ({said})", where=address or "this machine", remedy=remedy) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keeps this process's handler of SIGTERM: Ray puts its own there when it starts (2.60), which ends the process with its trials running."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def _inherited(environment: Mapping[str, str]) -> Iterator[None]:
-    """Variables of this process, and so of those that it starts, while the block lasts."""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from study.tuning.hosting import WORKERS
+from study.tuning.starting import WORKERS
 from tests.benchmarks.solo import TRIALS
 
 NETWORKS = {

@@ -28,7 +28,6 @@ from study.space import arm_label
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
 from study.tuning.driver import StudyResult, run
-from study.tuning.hosting import _own_signals
 from tests.conftest import own_environment
 
 TRIAL: dict[str, Any] = {
@@ -376,11 +375,3 @@ def test_an_interrupted_study_goes_on_where_it_stopped(users_code: Path, mlflow_
     assert values_of(result.trials) == values_of(undisturbed)
     # Each interruption costs each of two running trials the epoch that was under way, no more.
     assert (users_code / "epochs").read_text().count("\n") <= 6 * 12 + 4
-
-
-def test_the_signal_that_ends_a_study_stays_ours_when_ray_starts() -> None:
-    """Ray puts its own handler there; through a real Ray: tests/test_cluster.py."""
-    before = signal.getsignal(signal.SIGTERM)
-    with _own_signals():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    assert signal.getsignal(signal.SIGTERM) is before

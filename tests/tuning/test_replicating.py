@@ -73,7 +73,7 @@ def test_replicates_go_on_after_an_interrupt_decide_the_best_and_alone_see_the_t
     """And the best are confirmed with other seeds still, then more trials are added."""
     if where == "here":
         monkeypatch.setattr(hosting, "tune_trials", tune_here)
-        monkeypatch.setattr(driver, "one_ray", nullcontext)
+        monkeypatch.setattr(driver, "on_ray", nullcontext)
     home = prepared(tmp_path / "home", mlflow_database)
     trial = {**LONG, "data": {**LONG["data"], "test": 0.2}}
     studied = spec("again", trial=trial, trials=4, replicate={"top": 1, "seeds": 2}, **SERIAL)
