@@ -4,6 +4,7 @@ on_ray ──> a thread starts Ray            meanwhile: models are examined, ML
    └─────> yields wait() ──> it is up, or ClusterLost
 """
 
+import gc
 import logging
 import os
 import threading
@@ -95,7 +96,8 @@ class _Start:
 
         self._is_up.wait()
         self._environment.close()
-        ray.shutdown()
+        with _no_garbage():
+            ray.shutdown()
         self._is_over.set()
         self._thread.join()
 
@@ -121,6 +123,23 @@ def on_ray() -> Iterator[Callable[[], None]]:
         finally:
             _Start.under_way = None
             start.end()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collects garbage beforehand, and none while the block lasts.
+
+    Tune leaves references to objects of Ray behind, which garbage collection may find in any thread: where that happens while Ray (2.60)
+    shuts down, Ray ends this process at once, with the study's results not yet written.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Ray starts beside what a study does first, as one that takes part in nothing else of this process: a Ray that is not there."""
 
+import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +95,24 @@ def test_our_handler_of_the_signal_that_ends_a_study_stays(no_ray: NoRay) -> Non
     with on_ray() as wait:
         wait()
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_garbage_is_collected_while_ray_ends(no_ray: NoRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object of Ray's that is freed meanwhile, in whatever thread, ends this process (2.60)."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Cycle:
+        """Garbage that only collecting finds."""
+
+        def __init__(self) -> None:
+            self.me = self
+
+    left = weakref.ref(Cycle())
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append((gc.isenabled(), left() is None)))
+    with on_ray() as wait:
+        wait()
+    assert seen == [(False, True)]
+    assert gc.isenabled()
 
 
 def test_workers_of_its_own_inherit_their_environment_and_those_of_a_cluster_are_given_it(no_ray: NoRay, monkeypatch: pytest.MonkeyPatch) -> None:
