@@ -47,6 +47,8 @@ def _seconds(epoch: Epoch) -> float:
 def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool = False, compiled: bool = False, device: str = "cpu") -> Epoch:
     """One epoch as anybody would write it, without divergence checks or a plan.
 
+    Decay does what the trial says where its gamma policy is `none` or `all`, and the rest of its optimizer is as by default.
+
     Args:
         every: Steps between samples of its traces, if it is traced.
         channels_last: Keep images and kernels channels-last, and update all parameters in one kernel.
@@ -55,10 +57,14 @@ def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool
     data = load_data(trial.data).to(device, torch.float32)
     torch.manual_seed(0)
     model = build_model(trial.model, data.shape, data.num_classes).to(device)
-    decay = trial.optimizer.weight_decay
+    decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        is_gain = parameter.ndim == 1 and name.endswith("weight")
+        (decayed if parameter.ndim > 1 or (is_gain and trial.optimizer.gamma == "all") else exempt).append(parameter)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(model.parameters(), lr=trial.optimizer.lr, momentum=0.9, weight_decay=decay, fused=channels_last or None)
+    groups = [{"params": decayed, "weight_decay": trial.optimizer.weight_decay}, {"params": exempt}]
+    optimizer = torch.optim.SGD(groups, lr=trial.optimizer.lr, momentum=0.9, fused=channels_last or None)
     tracer = EffectiveLR(model, optimizer, every) if every else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     trained = torch.compile(model, mode="default" if device == "cpu" else "reduce-overhead") if compiled else model
