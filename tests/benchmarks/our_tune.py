@@ -1,5 +1,6 @@
-"""The same study through this project, in a process of its own; prints how long it took in all, and after its first result, CPU seconds
-of all its processes, and how full its fused engines were.
+"""The same study through this project, in a process of its own.
+
+Prints what `study_run` says of a process, as JSON, with the slots of an engine, and how full fused engines were (0 where there were none).
 
 python -m tests.benchmarks.our_tune FOLDER NETWORK ENGINE [--mlflow]
 """
@@ -7,31 +8,34 @@ python -m tests.benchmarks.our_tune FOLDER NETWORK ENGINE [--mlflow]
 import json
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from study.home import StudyFolder
-from study.spec import StudySpec
-from study.tracking.outbox import Outbox
-from tests.benchmarks.processes import total, watched
-from tests.benchmarks.study_run import EPOCHS, GRACE, NETWORKS, REDUCTION, TRIALS
+from tests.benchmarks.study_run import DECAY, GAMMAS, GRACE, LR, REDUCTION, TRIALS, assignments, check, trial_of
+
+if TYPE_CHECKING:
+    from study.spec import StudySpec
+    from study.tuning.choosing import Choice
+    from tests.benchmarks.stopwatch import Stopwatch
 
 
-def spec_of(network: str, engine: str) -> StudySpec:
-    """The study: learning rate, decay and two gamma policies, under ASHA."""
+def spec_of(network: str, engine: str) -> "StudySpec":
+    """The study: learning rate, decay and two gamma policies, which are tuned like the rest, so that ASHA compares all trials."""
+    from study.spec import StudySpec
+
     return StudySpec.model_validate(
         {
             "name": "ours",
-            "trial": {**NETWORKS[network], "schedule": {"epochs": EPOCHS[network]}},
+            "trial": trial_of(network),
             "space": {
-                "optimizer.lr": {"low": 1e-2, "high": 1.0, "log": True},
-                "optimizer.weight_decay": {"low": 1e-4, "high": 1e-1, "log": True},
-                "optimizer.gamma": {"choices": ["none", "all"]},
+                "optimizer.lr": {"low": LR[0], "high": LR[1], "log": True},
+                "optimizer.weight_decay": {"low": DECAY[0], "high": DECAY[1], "log": True},
+                "optimizer.gamma": {"choices": GAMMAS},
             },
-            "search": {"trials": TRIALS, "seed": 0},
+            "search": {"trials": TRIALS[network], "seed": 0},
             "objective": {"metric": "val/error", "direction": "minimize"},
             "stopping": {"scheduler": "asha", "grace": GRACE, "reduction": REDUCTION},
             "resources": {"engine": engine},
@@ -39,20 +43,32 @@ def spec_of(network: str, engine: str) -> StudySpec:
     )
 
 
+def points(network: str) -> list[dict[str, Any]]:
+    """The assignments by dotted path."""
+    return [{f"optimizer.{name}": value for name, value in one.items()} for one in assignments(network)]
+
+
 def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     """Runs the study, with its records in MLflow or in the ledger alone."""
-    start = time.time()
-    spec, home = spec_of(network, engine), Path(folder)
-    ticks, processes = counted_ticks(), watched()
-    if mlflow:
-        from study.tuning.driver import run
+    from study.home import StudyFolder
+    from study.measurement import Outcome
+    from study.tracking.outbox import Outbox
+    from study.tuning.hosting import quiet_hosts
 
-        run(spec, home=home)
-    else:
-        _without_mlflow(spec, home)
-    measured = [when for _, when in _measurements(StudyFolder.find(home, spec.name).path)]
-    times = {"all": time.time() - start, "warm": time.time() - min(measured) / 1000, "cpu": total(processes)}
-    print(json.dumps({**times, "occupancy": _occupancy(ticks)}))
+    quiet_hosts()  # which Ray reads when it is imported
+    from tests.benchmarks.stopwatch import Stopwatch
+
+    spec, home, watch = spec_of(network, engine), Path(folder), Stopwatch()
+    ticks = counted_ticks()
+    choice = (_with_mlflow if mlflow else _without_mlflow)(spec, home, points(network), watch)
+    times = watch.times()
+    outbox = Outbox(StudyFolder.find(home, spec.name).path)
+    entries = outbox.entries()
+    check(network, [{name: entry.trial["optimizer"][name] for name in ("lr", "weight_decay", "gamma")} for entry in entries])
+    assert not [entry.trial_id for entry in entries if entry.state == Outcome.FAILED], "trials failed"
+    assert sum(entry.epoch for entry in entries) == times["epochs"], "Tune heard of other epochs than the ledger"
+    assert not mlflow or not outbox.progress()["undelivered"], "MLflow has not heard of everything"
+    print(json.dumps({**times, "slots": choice.slots, "occupancy": occupancy(ticks, choice.slots)}))
 
 
 def counted_ticks() -> list[list[int]]:
@@ -74,29 +90,55 @@ def counted_ticks() -> list[list[int]]:
     return found
 
 
-def _occupancy(ticks: list[list[int]]) -> float:
-    """Share of the rows that trained, from each engine's first full tick to its last: later, no trial is left to fill a row with."""
+def occupancy(ticks: Sequence[Sequence[int]], slots: int) -> float:
+    """Share of the rows that trained, from each engine's first full tick to its last: later, no trial is left to fill a row with.
+
+    Of an engine that was never full, all ticks count.
+    """
     spans = []
-    for counts in filter(None, ticks):
-        full = [tick for tick, count in enumerate(counts) if count == max(counts)]
-        spans.append(counts[full[0] : full[-1] + 1])
-    rows = sum(len(span) * max(span) for span in spans)
+    for counts in ticks:
+        full = [tick for tick, count in enumerate(counts) if count >= slots]
+        spans.append(counts[full[0] : full[-1] + 1] if full else counts)
+    rows = slots * sum(map(len, spans))
     return sum(map(sum, spans)) / rows if rows else 0.0
 
 
-def _without_mlflow(spec: StudySpec, home: Path) -> None:
+def _with_mlflow(spec: "StudySpec", home: Path, wishes: Sequence[dict[str, Any]], watch: "Stopwatch") -> "Choice":
+    """All that `study run` does."""
+    from study.tracking.recorder import Recorder
+    from study.tuning import driver
+
+    chosen: list[Choice] = []
+    choose, start = driver.choose, Recorder.start
+
+    def noted(*arguments: Any) -> "Choice":
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    def waited_for(recorder: Recorder) -> None:
+        start(recorder)
+        watch.wait_for(recorder.close)
+
+    driver.choose, Recorder.start = noted, waited_for
+    Recorder.close = cache(Recorder.close)  # once, and so not a second time where `study run` does it
+    driver.run(spec, home=home, enqueue=[json.dumps(wish) for wish in wishes])
+    return chosen[0]
+
+
+def _without_mlflow(spec: "StudySpec", home: Path, wishes: Sequence[dict[str, Any]], watch: "Stopwatch") -> "Choice":
+    """The trials and the ledger alone."""
+    from study.home import StudyFolder
+    from study.tracking.outbox import Outbox
     from study.tuning.choosing import choose
     from study.tuning.hosting import tune_study
     from study.tuning.search import Search
 
-    folder = StudyFolder.prepare(home, spec)
-    tune_study(spec, folder.path, Search(spec, folder.journal), Outbox(folder.path), [], threading.Event(), choose(spec, home))
-
-
-def _measurements(folder: Path) -> list[tuple[str, int]]:
-    """Trial and time, in ms, of everything that was measured."""
-    outbox = Outbox(folder)
-    return [(entry.trial_id, when) for entry in outbox.entries() for _, when in outbox.measured(entry.trial_id, before=1 << 62)]
+    folder, choice = StudyFolder.prepare(home, spec), choose(spec, home)
+    search = Search(spec, folder.journal)
+    for wish in wishes:
+        search.enqueue(wish)
+    tune_study(spec, folder.path, search, Outbox(folder.path), [], threading.Event(), choice)
+    return choice
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 python -m tests.benchmarks.run               all of them, on a machine that has nothing else to do
 python -m tests.benchmarks.run solo          one of them
-python -m tests.benchmarks.run --quick       fewer rounds: half as long, and noisier
+python -m tests.benchmarks.run --quick       fewer rounds and studies: half as long, and noisier
 
 name      ratio                                                                          target                         minutes
 solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05                   1/2
 trace     the same bare loop with EffectiveLR attached over the loop without; memory     at most 1.02; 1.20 every step  1
 fused     many trials in one step over one trial in each process, on all cores           from 1.4 to 2.5, by network    3
-study     a whole study over plain Ray Tune with its OptunaSearch and MLflow callback    from 1.5 to 10, by network     6
+study     plain Ray Tune, with its OptunaSearch and MLflow callback, over a whole study  from 1.5 to 10, by part        17
 same      fused trials and solo ones draw their errors from one distribution             p above 0.01                   1
 search    trials that tpe on (intrinsic_lr, lr) needs over those on (lr, weight_decay)   at most 0.7 on ridges, 1 else  1
 outage    a study whose tracking server is away for two minutes over the same undisturbed  at most 1.05                   6
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     names = [argument for argument in arguments if argument != "--quick"]
     if len(names) < len(arguments):
         solo.ROUNDS, fused.ROUNDS = solo.QUICK_ROUNDS, fused.QUICK_ROUNDS
-        study_run.NETWORKS.pop("resnet")
+        study_run.TURNS = study_run.QUICK_TURNS
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
