@@ -53,13 +53,13 @@ def main(folder: str, network: str, engine: str, mlflow: bool) -> None:
     from study.home import StudyFolder
     from study.measurement import Outcome
     from study.tracking.outbox import Outbox
-    from study.tuning.hosting import quiet_hosts
+    from study.tuning.starting import _Start, quiet_hosts
 
     quiet_hosts()  # which Ray reads when it is imported
     from tests.benchmarks.stopwatch import Stopwatch
 
     spec, home, watch = spec_of(network, engine), Path(folder), Stopwatch()
-    ticks = counted_ticks()
+    ticks, _Start.wait = counted_ticks(), watch.waits(_Start.wait)
     choice = (_with_mlflow if mlflow else _without_mlflow)(spec, home, points(network), watch)
     times = watch.times()
     outbox = Outbox(StudyFolder.find(home, spec.name).path)
@@ -132,12 +132,14 @@ def _without_mlflow(spec: "StudySpec", home: Path, wishes: Sequence[dict[str, An
     from study.tuning.choosing import choose
     from study.tuning.hosting import tune_study
     from study.tuning.search import Search
+    from study.tuning.starting import on_ray
 
-    folder, choice = StudyFolder.prepare(home, spec), choose(spec, home)
-    search = Search(spec, folder.journal)
-    for wish in wishes:
-        search.enqueue(wish)
-    tune_study(spec, folder.path, search, Outbox(folder.path), [], threading.Event(), choice)
+    folder = StudyFolder.prepare(home, spec)
+    with on_ray():
+        choice, search = choose(spec, home), Search(spec, folder.journal)
+        for wish in wishes:
+            search.enqueue(wish)
+        tune_study(spec, folder.path, search, Outbox(folder.path), [], threading.Event(), choice)
     return choice
 
 

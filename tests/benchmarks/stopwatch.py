@@ -1,14 +1,16 @@
 """Stopwatch: what both sides of the whole-study benchmark measure of their process, by wrapping the doors to Ray and Tune alike.
 
-    start ─ imports, choice ─ ray.init ─ pool, engines ─ tune.run ─ first result ─ last trial's end ─ end ─ ray.shutdown ─ report ─ printed
+    start ─ imports, choice ─ Ray up ─── pool, engines ─ tune.run ─ first result ─ last trial's end ─ end ─ ray.shutdown ─ report ─ printed
     all      ├──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┤
     counted  ├───────────────┤        ├────────────────────────────────────────────────────────────────────┤            ├───────────────┤
     fit                                                ├───────────────────────────────────────────────────┤
     warm                                                          ├────────────────────┤
 
-Nothing is left to be done beside Ray's shutdown, which is not counted: who writes to MLflow in another thread is waited for before it.
+Of Ray's start, only the time is left out in which the main thread has nothing to do but wait for it. Nothing is left to be done beside its
+shutdown, which is not counted: who writes to MLflow in another thread is waited for before it.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +30,8 @@ class Stopwatch:
         self.processes = Processes()
         self._in_ray, self._fit = 0.0, 0.0
         self._waited_for: list[Callable[[], object]] = []
-        self._init, self._shutdown, self._run = ray.init, ray.shutdown, tune.run
-        ray.init, ray.shutdown, tune.run = self._timed_init, self._timed_shutdown, self._timed_run
+        self._shutdown, self._run = ray.shutdown, tune.run
+        ray.init, ray.shutdown, tune.run = self.waits(ray.init), self._timed_shutdown, self._timed_run
 
     def wait_for(self, work: Callable[[], object]) -> None:
         """Has a function that waits for the last of the trials' work called before Ray is shut down; `warm` ends with it."""
@@ -41,12 +43,18 @@ class Stopwatch:
         parts = {"all": whole, "counted": whole - self._in_ray, "fit": self._fit, "warm": self.last - self.first}
         return {**parts, "cpu": self.processes.cpu(), "epochs": self.epochs}
 
-    def _timed_init(self, *arguments: Any, **options: Any) -> Any:
-        start = time.monotonic()
-        try:
-            return self._init(*arguments, **options)
-        finally:
-            self._in_ray += time.monotonic() - start
+    def waits(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function in which one waits for Ray to start; its time is not counted, where it is the main thread that calls it."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.monotonic()
+            try:
+                return function(*arguments, **options)
+            finally:
+                if threading.current_thread() is threading.main_thread():
+                    self._in_ray += time.monotonic() - start
+
+        return timed
 
     def _timed_shutdown(self, *arguments: Any, **options: Any) -> None:
         if ray.is_initialized():

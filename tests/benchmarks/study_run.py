@@ -10,7 +10,7 @@ holds beside its metrics; without, it is the trials and the ledger.
 Of a process, as `stopwatch` draws it:
 
     all       from its start until it prints, which is before Python itself ends
-    counted   all but the seconds inside `ray.init` and `ray.shutdown`: imports, choice and self-test of the engine, starts of workers
+    counted   all but the seconds in which it waits for `ray.init` and `ray.shutdown`: imports, choice and self-test of the engine, starts of workers
               and engines, trials, what follows them
     fit       Tune's run: from it to its end, without imports, but with the starts of its actors
     warm      from the first result to the end of the last trial; with MLflow, until that has everything. Our first result waits until
