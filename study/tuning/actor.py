@@ -12,6 +12,7 @@ Snapshots of the trials are written before ticks. When an actor dies its trials 
 
 import asyncio
 import json
+import logging
 import sys
 import time
 import uuid
@@ -29,17 +30,22 @@ from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
 from study.tuning.exploiting import going_on, save
 from study.tuning.failures import failed, kind
-from study.tuning.placement import Pool, RollCall
+from study.tuning.placement import Place, Pool, RollCall
 from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
     from study.engines.fused import FusedEngine
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 0.5
 """How long a tick waits for trials that have not asked yet, as a share of the last tick."""
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 2.0
 """Seconds between which that wait is kept."""
+
+SHORTEST_IDLE, LONG_IDLE, LONGEST_IDLE = 0.25, 2.0, 8.0
+"""Seconds for which nobody asks an engine until it asks for a trial of another core: where it has none, where it has some, and at most."""
 
 SNAPSHOT_SHARE = 0.05
 """Share of the time that writing snapshots may take: with ticks shorter than that allows, some are left out."""
@@ -79,8 +85,16 @@ class _Pace:
 class EngineActor:
     """One fused engine, driven by the trials that ask it for epochs."""
 
-    def __init__(self, folder: str, slots: int, device: str, arithmetic: str, keep: str) -> None:
-        self._folder, self._keep = Path(folder), keep
+    def __init__(self, folder: str, slots: int, device: str, arithmetic: str, keep: str, pool: Any = None, place: Place | None = None) -> None:
+        """Starts an engine.
+
+        Args:
+            folder: The study's.
+            keep: Which weights are kept: `best`, `all` or `none`.
+            pool: Who made it, and knows the engines of other cores.
+            place: Where it is.
+        """
+        self._folder, self._keep, self._pool, self._place = Path(folder), keep, pool, place
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._slots = slots
         self._asked: dict[str, _Asked] = {}
@@ -89,6 +103,7 @@ class EngineActor:
         self._last: dict[str, Progress] = {}
         # Trials that heard of their last epoch and will ask for the next one, or be stopped; and slots that fell free since the last tick.
         self._told, self._freed = set[str](), 0
+        self._given_away: set[str] = set()
         self._together = sys.maxsize
         self._news = asyncio.Event()
         self._pace = _Pace()
@@ -103,8 +118,10 @@ class EngineActor:
 
     async def next(
         self, trial_id: str, trial: str, epoch: int, test: bool = False, proxy: str = "", anew: bool = False, exploit: dict[str, Any] | None = None
-    ) -> Progress:
+    ) -> Progress | None:
         """The trial's first epoch after *epoch*; one that is not here yet is admitted, from its latest snapshot if it has one.
+
+        None where the pool has another engine for it.
 
         Args:
             proxy: Who asks.
@@ -113,6 +130,12 @@ class EngineActor:
         """
         if self._ticker is None:
             self._ticker = asyncio.create_task(self._run())
+        last = self._last.get(trial_id)
+        if trial_id in self._given_away and not anew and last is not None and last.measurement.epoch == epoch:
+            self._gone(trial_id)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._send_away, trial_id)
+            return None
+        self._given_away.discard(trial_id)
         answer: asyncio.Future[Progress] = asyncio.get_running_loop().create_future()
         self._told.discard(trial_id)
         if trial_id not in self._proxies:
@@ -122,6 +145,19 @@ class EngineActor:
             self._leaving.add(trial_id)
         self._news.set()
         return await answer
+
+    async def give(self) -> str:
+        """Parts with a trial where there are several, once it asks for its next epoch; returns its proxy, or nothing."""
+        here = [trial_id for trial_id in self._proxies if trial_id not in self._given_away]
+        if len(here) < 2 or not self._ticks or self._ticks[-1] < 2:
+            return ""
+        self._given_away.add(here[-1])
+        return self._proxies[here[-1]]
+
+    def _send_away(self, trial_id: str) -> None:
+        """Leaves a trial's snapshot for another engine; its proxy has heard of its last epoch."""
+        self._engine.snapshot(trial_id).save(snapshot_path(self._folder, trial_id))
+        self._forget(trial_id)
 
     async def save(self, trial_id: str) -> int:
         """Writes a trial's state for itself and for others; returns its epoch."""
@@ -138,6 +174,7 @@ class EngineActor:
 
     def _gone(self, trial_id: str) -> None:
         self._told.discard(trial_id)
+        self._given_away.discard(trial_id)
         if self._proxies.pop(trial_id, None) is not None:
             self._freed += 1
 
@@ -172,8 +209,13 @@ class EngineActor:
 
     async def _gathered(self) -> None:
         """Waits until all have asked who are about to, or for as long as it pays."""
+        idle = SHORTEST_IDLE
         while not self._asked:
-            await self._next_news(None)
+            if not await self._next_news(idle):
+                # One whose trial was stopped may not have said so; one that the study is slow to answer has not.
+                if not self._proxies or idle >= LONG_IDLE:
+                    await self._relieve()
+                idle = min(2 * idle, LONGEST_IDLE)
         deadline = time.monotonic() + self._pace.wait()
         while (self._told or self._freed) and len(self._asked) < self._slots:
             left = deadline - time.monotonic()
@@ -182,7 +224,15 @@ class EngineActor:
         self._told.clear()
         self._freed = 0
 
-    async def _next_news(self, timeout: float | None) -> bool:
+    async def _relieve(self) -> None:
+        """Asks for a trial of another core."""
+        if self._pool is not None:
+            try:
+                await self._pool.relieve.remote(self._place)
+            except ray.exceptions.RayActorError as error:  # one that is started again makes new engines
+                log.warning("the pool of engines is away: %s", error)
+
+    async def _next_news(self, timeout: float) -> bool:
         self._news.clear()
         try:
             await asyncio.wait_for(self._news.wait(), timeout)

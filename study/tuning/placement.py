@@ -1,6 +1,7 @@
 """Placement: which engine a proxy gets, and where engines run: one per core of the driver's node and of those that trials reach, or on each GPU.
 
     proxy on (node, GPU) ──engine──> Pool ──makes, pings, replaces──> engine at Place(node, GPU, number)
+    engine of a core that idles ──relieve──> Pool ──give──> one with several trials, which sends one of them there
     process of a trial ──has_begun──> RollCall: are all processes there that were expected at the study's start?
 
 Engines follow the proxies, and Ray places those: where a node with a GPU joins, its first proxy has an engine made there; where one leaves,
@@ -26,7 +27,10 @@ class Place(NamedTuple):
 
 
 LONGEST_PAUSE = 10.0
-"""Seconds after which a process that has not come is no longer waited for."""
+"""Seconds after which a process that has not come, or an engine that does not answer, is no longer waited for."""
+
+LOST = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)
+"""What Ray raises where an engine is gone or does not answer."""
 
 
 class RollCall:
@@ -90,6 +94,22 @@ class Pool(RollCall):
             handle = self._engines[place] = self._started(place)
         return handle
 
+    def relieve(self, idle: Place) -> None:
+        """Gives an engine that idles one of the trials of another core of its node, the fullest first: no trial is left to start there.
+
+        A GPU is shared by all its engines already.
+        """
+        load = list(self._proxies.values())
+        others = [place for place in self._engines if place.node == idle.node and place != idle]
+        for place in [] if idle.gpu else sorted(others, key=load.count, reverse=True):
+            try:
+                proxy = ray.get(self._engines[place].give.remote(), timeout=LONGEST_PAUSE)
+            except LOST:  # who trains there will ask for another engine
+                continue
+            if proxy:
+                self._proxies[proxy] = idle
+                return
+
     def wait(self) -> None:
         """Returns once every engine's process is there."""
         ray.get([handle.ping.remote() for handle in self._engines.values()])
@@ -114,7 +134,7 @@ class Pool(RollCall):
             **environment,
             scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
         )
-        return placed.remote(**self._settings)
+        return placed.remote(**self._settings, pool=ray.get_runtime_context().current_actor, place=place)
 
 
 def _cores(node: str) -> int:
@@ -126,5 +146,5 @@ def _cores(node: str) -> int:
 def _is_alive(handle: Any) -> bool:
     try:
         return bool(ray.get(handle.ping.remote(), timeout=60))
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+    except LOST:
         return False

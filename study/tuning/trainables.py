@@ -245,7 +245,10 @@ class FusedTrainable(StudyTrainable):
                 self._engine = self._found(lost=bool(attempt))
             try:
                 self._is_away = False
-                progress: Progress = ray.get(self._engine.next.remote(*self._wanted()))
+                progress: Progress | None = ray.get(self._engine.next.remote(*self._wanted()))
+                while progress is None:
+                    self._engine = self._found(lost=False)
+                    progress = ray.get(self._engine.next.remote(*self._wanted()))
             except LOST as error:
                 lost = error
                 continue

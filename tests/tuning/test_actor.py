@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -29,6 +30,7 @@ from study.trial import DataSpec, TrialSpec
 from study.tuning import actor
 from study.tuning.actor import EngineActor
 from study.tuning.driver import StudyResult, run
+from study.tuning.placement import Place
 from study.tuning.trial_files import snapshot_path
 from tests.benchmarks.our_tune import counted_ticks
 from tests.tuning.test_driver import all_agree, mlflow_runs, prepared, spec
@@ -117,7 +119,8 @@ class Proxies:
 
     async def _answered(self, trial_id: str, since: int) -> Progress:
         async with asyncio.timeout(60):
-            progress = await self.actor.next(trial_id, TrialSpec().model_dump_json(), since)
+            progress = await self.actor.next(trial_id, TrialSpec().model_dump_json(), since, proxy=f"proxy of {trial_id}")
+        assert progress is not None, "it was given away"
         self.known[trial_id] = progress.measurement.epoch
         return progress
 
@@ -196,10 +199,74 @@ async def test_a_trial_that_was_stopped_is_not_waited_for(engine: Scripted, prox
     monkeypatch.setattr(actor, "SHORTEST_WAIT", 60.0)
     waiting = proxies.ask("a")
     await asyncio.sleep(0)
-    await proxies.actor.release("b")
+    await proxies.actor.release("b", "proxy of b")
     assert await proxies.train("c") == [1]  # whose place is free
     assert (await waiting).measurement.epoch == 2
     assert engine.ticks == [["a", "b"], ["a", "c"]]
+
+
+@in_a_loop
+async def test_a_trial_is_given_to_an_engine_that_idles_and_goes_on_there(engine: Scripted, proxies: Proxies, tmp_path: Path) -> None:
+    await proxies.train("a", "b")
+    assert await proxies.actor.give() == "proxy of b"
+    assert await proxies.actor.give() == ""  # the last one is kept
+    assert await proxies.actor.next("b", TrialSpec().model_dump_json(), 1, proxy="proxy of b") is None
+    assert set(engine.at) == {"a"}
+    assert Snapshot.load(snapshot_path(tmp_path, "b")).epoch == 1
+    assert await proxies.train("a") == [2]
+    assert await proxies.train("b") == [2]  # as on any engine that finds its snapshot
+
+
+@in_a_loop
+async def test_nothing_is_given_by_an_engine_that_trains_one_trial(engine: Scripted, proxies: Proxies) -> None:
+    assert await proxies.actor.give() == ""
+    await proxies.train("a", "b")
+    await proxies.train("a")  # nobody asks for the other one any more
+    assert await proxies.actor.give() == ""
+
+
+@in_a_loop
+async def test_a_trial_stays_if_its_proxy_has_not_heard_of_its_last_epoch(engine: Scripted, proxies: Proxies, tmp_path: Path) -> None:
+    """Its snapshot would be beyond what the study knows."""
+    await proxies.train("a", "b")
+    await proxies.actor.give()
+    assert (await proxies.ask("b", 0)).measurement.epoch == 1
+    assert not snapshot_path(tmp_path, "b").exists()
+    assert set(engine.at) == {"a", "b"}
+
+
+@in_a_loop
+async def test_a_trial_that_was_stopped_is_not_given_away(engine: Scripted, proxies: Proxies) -> None:
+    await proxies.train("a", "b")
+    await proxies.actor.give()
+    await proxies.actor.release("b", "proxy of b")
+    assert await proxies.train("a", "c") == [2, 1]
+    assert set(engine.at) == {"a", "c"}
+
+
+@in_a_loop
+async def test_an_engine_that_idles_asks_for_a_trial_ever_less_often(engine: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor, "SHORTEST_IDLE", 0.01)
+    monkeypatch.setattr(actor, "LONGEST_IDLE", 0.02)
+    asked: list[Place] = []
+    thrice = asyncio.Event()
+
+    async def relieve(place: Place) -> None:
+        asked.append(place)
+        if len(asked) == 3:
+            thrice.set()
+
+    here = Place("node", "", 1)
+    pool = SimpleNamespace(relieve=SimpleNamespace(remote=relieve))
+    proxies = Proxies(EngineActor(str(tmp_path), 2, "cpu", "converted", "best", pool, here))
+    assert not asked
+    await proxies.train("a")
+    await asyncio.sleep(0.1)
+    assert not asked  # it will go on, as far as is known
+    await proxies.actor.release("a", "proxy of a")
+    await asyncio.wait_for(thrice.wait(), 60)
+    assert asked == [here] * 3
+    assert await proxies.train("b") == [1]
 
 
 @in_a_loop
@@ -219,7 +286,7 @@ async def test_a_trial_that_asks_too_late_skips_one_tick(engine: Scripted, proxi
 @in_a_loop
 async def test_the_slot_of_a_trial_that_was_stopped_is_taken_by_another(engine: Scripted, proxies: Proxies) -> None:
     await proxies.train("a", "b")
-    await proxies.actor.release("a")
+    await proxies.actor.release("a", "proxy of a")
     assert await proxies.train("b", "c") == [2, 1]
     assert set(engine.at) == {"b", "c"}
 

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from study.spec import check
 from study.tuning.choosing import Choice
 from study.tuning.hosting import _trained_by, settings_of
-from study.tuning.placement import Pool
+from study.tuning.placement import Place, Pool
 from study.tuning.trainables import FusedTrainable
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -45,8 +45,8 @@ def here() -> Found:
 class Engine:
     """Says where it is."""
 
-    def __init__(self, device: str) -> None:
-        assert device == "cuda"
+    def __init__(self, device: str, pool: Any, place: Place) -> None:
+        assert (device, place.node) == ("cuda", here().node)
 
     def ping(self) -> Found:
         """Whether it is alive."""
