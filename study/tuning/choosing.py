@@ -34,6 +34,9 @@ LEAST_GAIN = 1.1
 MOST_SLOTS = 6
 """Rows of one engine on a core: more of them gain little and spill its caches, and each is a process of Ray Tune to start."""
 
+PROXY_BYTES, MEMORY_SHARE = 125_000_000, 0.25
+"""Memory that a process of Ray Tune takes by itself, and the share of the machine's that those of fused trials may take together."""
+
 SHARED_COST = 0.65
 """Share of a solo step's time that fusing divides by the number of rows, as it was found for ResNets and MLPs on a CPU."""
 
@@ -147,6 +150,11 @@ def _cores() -> int:
     return max(1, os.cpu_count() or 1)
 
 
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def solo_engine(why: str) -> Choice:
     """The plain engine, and why."""
     return Choice("solo", 1, "", 0.0, why)
@@ -185,7 +193,8 @@ def _slots(spec: StudySpec, work: float) -> int:
         return asked
     # Where the derivative of work x SHARED_COST / slots + START_SECONDS x cores x slots is 0.
     paid = round(math.sqrt(work * SHARED_COST / (START_SECONDS * _cores())))
-    return max(2, min(MOST_SLOTS, paid, -(-spec.search.trials // _cores())))
+    room = int(_memory() * MEMORY_SHARE / (PROXY_BYTES * _cores()))
+    return max(2, min(MOST_SLOTS, paid, room, -(-spec.search.trials // _cores())))
 
 
 def _examined(spec: StudySpec, slots: int, home: Path) -> Admission:

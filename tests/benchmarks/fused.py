@@ -22,7 +22,7 @@ from tests.benchmarks.solo import TRIALS
 
 NETWORKS = {
     "resnet, batch 64": (TRIALS["resnet, batch 64"], 64, 8, ">= 1.4"),
-    "resnet, batch 16": (TRIALS["resnet, batch 64"], 16, 8, ">= 2.2"),
+    "resnet, batch 16": (TRIALS["resnet, batch 64"], 16, 16, ">= 2.2"),
     "mlp, batch 64": (TRIALS["mlp, batch 64"], 64, 16, ">= 0.97"),
     "mlp, batch 16": (TRIALS["mlp, batch 64"], 16, 16, ">= 2.5"),
     "transformer, batch 16": (TRIALS["transformer, batch 64"], 16, 8, ">= 0.97 where auto fuses"),

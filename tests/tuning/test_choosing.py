@@ -41,6 +41,7 @@ def examiner(monkeypatch: pytest.MonkeyPatch) -> Examiner:
     monkeypatch.setattr(choosing, "examine", examiner)
     monkeypatch.setattr(choosing, "solo_seconds", lambda trial: 1.0)
     monkeypatch.setattr(choosing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(choosing, "_memory", lambda: 16 << 30)
     return examiner
 
 
@@ -144,6 +145,13 @@ def test_slots_fit_the_trials_of_a_core(trials: int, slots: int, tmp_path: Path)
 def test_a_short_study_starts_fewer_processes(epochs: int, slots: int, tmp_path: Path) -> None:
     """60, 120 and 240 CPU seconds of work; the processes of another slot on both cores take four."""
     assert choose(spec(trial={"schedule": {"epochs": epochs}}, resources={"engine": "fused"}), tmp_path).slots == slots
+
+
+@pytest.mark.parametrize(("gigabytes", "slots"), [(1, 2), (4, 4), (16, MOST_SLOTS)])
+def test_slots_fit_the_memory(gigabytes: int, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a process, and a quarter of the memory is enough for all of them."""
+    monkeypatch.setattr(choosing, "_memory", lambda: gigabytes << 30)
+    assert choose(spec(resources={"engine": "fused"}), tmp_path).slots == slots
 
 
 @pytest.mark.parametrize(("slots", "engines"), [(8, 1), (8, 2), (7, 3), (2, 50)])
