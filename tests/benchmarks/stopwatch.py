@@ -3,7 +3,7 @@
     start ─ imports, choice ─ Ray up ─── pool, engines ─ tune.run ─ first result ─ last trial's end ─ end ─ ray.shutdown ─ report ─ printed
     all      ├──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┤
     counted  ├───────────────┤        ├────────────────────────────────────────────────────────────────────┤            ├───────────────┤
-    fit                                                ├───────────────────────────────────────────────────┤
+    fit                               ├────────────────────────────────────────────────────────────────────┤
     warm                                                          ├────────────────────┤
 
 Of Ray's start, only the time is left out in which the main thread has nothing to do but wait for it. Nothing is left to be done beside its
@@ -28,7 +28,7 @@ class Stopwatch:
         """Wraps Ray's doors, for good: whoever goes through them is timed."""
         self.first, self.last, self.epochs = 0.0, 0.0, 0
         self.processes = Processes()
-        self._in_ray, self._fit = 0.0, 0.0
+        self._in_ray, self._fit, self._is_up = 0.0, 0.0, 0.0
         self._waited_for: list[Callable[[], object]] = []
         self._shutdown, self._run = ray.shutdown, tune.run
         ray.init, ray.shutdown, tune.run = self.waits(ray.init), self._timed_shutdown, self._timed_run
@@ -52,7 +52,8 @@ class Stopwatch:
                 return function(*arguments, **options)
             finally:
                 if threading.current_thread() is threading.main_thread():
-                    self._in_ray += time.monotonic() - start
+                    self._is_up = time.monotonic()
+                    self._in_ray += self._is_up - start
 
         return timed
 
@@ -67,11 +68,10 @@ class Stopwatch:
         self._in_ray += time.monotonic() - start
 
     def _timed_run(self, *arguments: Any, **options: Any) -> Any:
-        start = time.monotonic()
         try:
             return self._run(*arguments, **{**options, "callbacks": [_Before(self), *options.get("callbacks", ()), _After(self)]})
         finally:
-            self._fit += time.monotonic() - start
+            self._fit = time.monotonic() - self._is_up
             self.processes.look(again=True)  # engines end before Ray does
 
 
