@@ -8,7 +8,7 @@ name      ratio                                                                 
 solo      a trial on the solo engine, traced, over a bare PyTorch loop of the same       at most 1.05                   1/2
 trace     the same bare loop with EffectiveLR attached over the loop without; memory     at most 1.02; 1.20 every step  1
 fused     many trials in one step over one trial in each process, on all cores           from 1.4 to 2.5, by network    3
-study     plain Ray Tune, with its OptunaSearch and MLflow callback, over a whole study  from 1.5 to 10, by part        17
+study     plain Ray Tune, with its OptunaSearch and MLflow callback, over a whole study  from 1.5 to 10, by part        14
 same      fused trials and solo ones draw their errors from one distribution             p above 0.01                   1
 search    trials that tpe on (intrinsic_lr, lr) needs over those on (lr, weight_decay)   at most 0.7 on ridges, 1 else  1
 outage    a study whose tracking server is away for two minutes over the same undisturbed  at most 1.05                   6
