@@ -22,9 +22,9 @@ from tests.benchmarks.solo import TRIALS
 
 NETWORKS = {
     "resnet, batch 64": (TRIALS["resnet, batch 64"], 64, 8, ">= 1.4"),
-    "resnet, batch 16": (TRIALS["resnet, batch 64"], 16, 16, ">= 2.2"),
+    "resnet, batch 16": (TRIALS["resnet, batch 64"], 16, 32, ">= 2.2"),
     "mlp, batch 64": (TRIALS["mlp, batch 64"], 64, 16, ">= 0.97"),
-    "mlp, batch 16": (TRIALS["mlp, batch 64"], 16, 16, ">= 2.5"),
+    "mlp, batch 16": (TRIALS["mlp, batch 64"], 16, 32, ">= 2.5"),
     "transformer, batch 16": (TRIALS["transformer, batch 64"], 16, 8, ">= 0.97 where auto fuses"),
 }
 """Name to trial, batch size, rows of the fused engine, and what its ratio to the solo engine is to be."""
