@@ -49,7 +49,7 @@ class _Start:
 
     def __init__(self) -> None:
         self._address = os.environ.get("RAY_ADDRESS")
-        self._error: Exception | None = None
+        self._error: Exception | SystemExit | None = None
         self._environment = ExitStack()
         variables = {**WORKERS, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))}
         arguments: dict[str, Any] = {"address": self._address, "runtime_env": {"env_vars": variables}}
@@ -67,7 +67,7 @@ class _Start:
 
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-        except Exception as error:  # Ray raises plain ones; whoever waits for it raises it again
+        except (Exception, SystemExit) as error:  # Ray raises plain ones; whoever waits for it raises it again
             self._error = error
         self._is_up.set()
         self._is_over.wait()

@@ -64,9 +64,10 @@ def test_one_inside_another_uses_it(no_ray: NoRay) -> None:
     assert (len(no_ray.started), no_ray.ended) == (1, 1)
 
 
-def test_ray_that_does_not_start_is_an_error_where_it_is_needed(no_ray: NoRay) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_ray_that_does_not_start_is_an_error_where_it_is_needed(kind: type[BaseException], no_ray: NoRay) -> None:
     def fails() -> None:
-        raise RuntimeError("the raylet\n died")
+        raise kind("the raylet\n died")
 
     no_ray.does = fails
     with on_ray() as wait:
