@@ -134,6 +134,17 @@ async def busy(engine: Scripted) -> None:
     assert await asyncio.to_thread(engine.is_busy.wait, 60)
 
 
+async def asked_in_a_tick(engine: Scripted, proxies: Proxies) -> "tuple[asyncio.Task[Progress], asyncio.Task[Progress]]":
+    """What `a` asked for, whose tick was under way when `b` asked."""
+    engine.may_go_on.clear()
+    first = proxies.ask("a")
+    await busy(engine)
+    late = proxies.ask("b")
+    await asyncio.sleep(0)
+    engine.may_go_on.set()
+    return first, late
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     """The engine of this process's actors, which wait for late trials no longer than an instant."""
@@ -180,12 +191,7 @@ async def test_a_tick_waits_for_trials_that_are_about_to_ask(engine: Scripted, p
 async def test_trials_that_began_apart_are_trained_together_from_then_on(engine: Scripted, proxies: Proxies, monkeypatch: pytest.MonkeyPatch) -> None:
     await proxies.train("a")
     monkeypatch.setattr(actor, "SHORTEST_WAIT", 60.0)
-    engine.may_go_on.clear()
-    first = proxies.ask("a")
-    await busy(engine)
-    late = proxies.ask("b")
-    await asyncio.sleep(0)
-    engine.may_go_on.set()
+    first, late = await asked_in_a_tick(engine, proxies)
     await first
     assert await proxies.train("a") == [3]
     assert (await late).measurement.epoch == 1
@@ -272,12 +278,7 @@ async def test_an_engine_that_idles_asks_for_a_trial_ever_less_often(engine: Scr
 @in_a_loop
 async def test_a_trial_that_asks_too_late_skips_one_tick(engine: Scripted, proxies: Proxies) -> None:
     await proxies.train("a", "b")
-    engine.may_go_on.clear()
-    first = proxies.ask("a")
-    await busy(engine)
-    late = proxies.ask("b")
-    await asyncio.sleep(0)
-    engine.may_go_on.set()
+    first, late = await asked_in_a_tick(engine, proxies)
     assert (await first).measurement.epoch == 2
     assert (await late).measurement.epoch == 2
     assert engine.ticks[:3] == [["a", "b"], ["a"], ["b"]]
