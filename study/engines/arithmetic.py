@@ -43,6 +43,8 @@ class Arithmetic(Protocol):
     """A model over slots."""
 
     name: str
+    draws: bool
+    """Whether training draws random numbers, as dropout does."""
 
     def __call__(self, images: Tensor, run: Pass) -> Tensor:
         """Images [slots, batch, ...] to logits [slots, batch, classes]."""
@@ -62,6 +64,7 @@ class Looped:
     """The ordinary module, slot after slot: the floor, and right for every model that keeps no state outside its buffers."""
 
     name = "looped"
+    draws = True  # as far as anybody knows
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -88,10 +91,16 @@ class Looped:
         if not run.generators:
             return functional_call(self._model, own, (images,))  # type: ignore[no-any-return]
         # Dropout in somebody's module draws from torch's global generator: the slot's own takes its place meanwhile.
-        generator, before = run.generators[slot], torch.get_rng_state()
-        torch.set_rng_state(generator.get_state())
+        generator, everybodys = run.generators[slot], _global_generator(images.device)
+        before = everybodys.get_state()
+        everybodys.set_state(generator.get_state())
         try:
             return functional_call(self._model, own, (images,))  # type: ignore[no-any-return]
         finally:
-            generator.set_state(torch.get_rng_state())
-            torch.set_rng_state(before)
+            generator.set_state(everybodys.get_state())
+            everybodys.set_state(before)
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """What operations on a device draw from unless they are told."""
+    return torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator

@@ -10,6 +10,7 @@ Bank       the model's computation, the roles of its parameters, and a stack for
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +92,12 @@ class Member:
         return {self.group(planned): planned for planned in self.plan}
 
 
+def dropout_states(generator: torch.Generator) -> list[Tensor]:
+    """What a snapshot holds of a trial's dropout: the states of a CPU's generator, and of its device's where that is another."""
+    others = [] if generator.device.type == "cpu" else [torch.Generator().manual_seed(0).get_state()]
+    return [*others, generator.get_state()]
+
+
 class Bank:
     """What the rows share: the model's computation, the roles of its parameters, and the stacks of all tensors."""
 
@@ -98,6 +105,7 @@ class Bank:
         self.key = fusion_key(trial)
         self.shell = model
         self.device, self.precision = course.data.train_images.device, trial.precision
+        self.loss, self.loss_name = course.loss, trial.loss
         self.roles = roles_on(model, course.data.train_images, trial.model.places)
         self.arithmetic = _arithmetic(model, arithmetic)
         self.estimates = any(isinstance(module, _NormBase) and module.track_running_stats for module in model.modules())
@@ -130,6 +138,11 @@ class Bank:
         """The rows to train for so many trials."""
         return max(FEWEST_ROWS, -(-trials // self.step) * self.step)
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """What the model is run in."""
+        # Every weight is read once in a step, so that nothing would be found in a cache, which recorded steps must not have.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False) if self.precision == "bf16" else nullcontext()
+
     def _squares(self, index: int) -> Tensor:
         """The running mean squares of updates that the rotational constraint keeps of one weight."""
         weights = self.trained.tensors[self.names[index]]
@@ -160,7 +173,7 @@ class Bank:
                     stack.tensors[name][row].copy_(moments[kind])
             if "square" in moments:
                 self.squares[self.index[name]][row].copy_(moments["square"])
-        member.dropout.set_state(state["dropout"][0])
+        member.dropout.set_state(state["dropout"][-1])
         products = [(float(product), int(since)) for product, since in state["tracer"]["products"]]
         member.products = dict(zip(member.products, products, strict=True))
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from study.engines.arithmetic import Mode, Pass, reset_statistics
 from study.engines.layers import MODULES, Maps, Site, as_maps, as_rows, beside, dropped, on_either
@@ -38,6 +39,9 @@ class Converted:
         self._last_use = _last_uses(self._nodes)
         # Looked up once: in small models, asking a module for its parameters takes longer than computing with them.
         self._layers = {node: self._layer(node) for node in self._nodes if node.op == "call_module"}
+        self.draws = any(node.target is F.dropout for node in self._nodes) or any(
+            isinstance(layer.module, _DropoutNd) and layer.module.p > 0 for layer in self._layers.values()
+        )
 
     def __call__(self, images: Tensor, run: Pass) -> Tensor:
         """Images [slots, batch, ...] to logits [slots, batch, classes]."""

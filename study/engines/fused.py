@@ -12,10 +12,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from study.engines.bank import WIDEST_STEP, Bank, Member, fusion_key
+from study.engines.bank import WIDEST_STEP, Bank, Member, dropout_states, fusion_key
 from study.engines.course import Course, sub_seed
 from study.engines.engine import Snapshot
 from study.engines.interval import Interval
+from study.engines.recordings import CudaGraphs, Recorder, Recordings
 from study.engines.slots import Slots
 from study.engines.solo import initial_model, on_one_thread
 from study.measurement import Progress
@@ -26,18 +27,21 @@ from study.trial import TrialSpec
 class FusedEngine:
     """Trains up to `capacity` trials of one fusion key, on one thread where it trains on the CPU."""
 
-    def __init__(self, capacity: int, device: str = "cpu", arithmetic: str = "auto") -> None:
+    def __init__(self, capacity: int, device: str = "cpu", arithmetic: str = "auto", recorder: Recorder | None = None) -> None:
         """Makes an engine without trials.
 
         Args:
             arithmetic: `converted`, `looped`, or `auto`: converted where torch.fx can read the model.
+            recorder: Records steps, to replay them; on a GPU, where none is given, as CUDA graphs.
         """
         self.capacity = capacity
         self._device = torch.device(device)
         self._arithmetic = arithmetic
+        self._recorder = CudaGraphs(self._device) if recorder is None and self._device.type == "cuda" else recorder
         self._slots = Slots(capacity, spare=WIDEST_STEP)
         self._members: dict[str, Member] = {}
         self._bank: Bank | None = None
+        self._recordings: Recordings | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -66,6 +70,7 @@ class FusedEngine:
             model = initial_model(trial, course, self._device)
             if self._bank is None:
                 self._bank = Bank(trial, course, model, self._slots.rows, self._arithmetic)
+                self._recordings = Recordings(self._bank, self.capacity, self._recorder)
             bank = self._bank
             if fusion_key(trial) != bank.key:
                 raise ValueError(f"trial {trial_id} cannot be fused with those that are here: they differ in more than numbers")
@@ -83,13 +88,13 @@ class FusedEngine:
     def advance(self, only: Collection[str] | None = None) -> list[Progress]:
         """Trains one epoch of every admitted trial, or of those that are named."""
         trials = [trial for trial in self._slots if only is None or trial in only]
-        if self._bank is None or not trials:
+        if self._bank is None or self._recordings is None or not trials:
             return []
-        for source, target in self._slots.compact(trials, self._bank.padded(len(trials))):
+        for source, target in self._slots.compact(trials, self._recordings.padded(len(trials))):
             self._bank.move(source, target)
         with on_one_thread():
             members = [self._members[trial] for trial in self._slots][: len(trials)]
-            return Interval(self._bank, members).run()
+            return Interval(self._bank, members, self._recordings).run()
 
     def snapshot(self, trial_id: str) -> Snapshot:
         """The trial's present state, between two epochs: a solo engine can go on with it."""
@@ -98,7 +103,7 @@ class FusedEngine:
             "model": self.weights(trial_id),
             "moments": bank.remembered(self._slots.row(trial_id), member),
             "tracer": {"step": member.course.step, "products": [list(product) for product in member.products.values()]},
-            "dropout": [member.dropout.get_state()],
+            "dropout": dropout_states(member.dropout),
             **member.course.state(),
         }
         return Snapshot(member.course.trial.canonical(), member.course.step, member.course.epoch, state)

@@ -1,25 +1,23 @@
 """Interval: one epoch of the trials that hold the first rows of a bank.
 
-[images ─ forward ─ sum of losses ─ backward ─ update]* ─ statistics ─ evaluate ─ measure
+orders, tables ─ [images ─ step]* ─ statistics ─ evaluate ─ measure
 
-No value of one row enters another: losses are summed, never averaged over rows, and clipping, statistics and random numbers are a
-row's own.
+What a step does is in `steps.py`; here is what goes in for each trial, and what is made of what comes out.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from study.engines.arithmetic import Mode, Pass
 from study.engines.bank import Bank, Member
+from study.engines.recordings import Recordings
 from study.engines.solo import STATISTICS_IMAGES
-from study.engines.updates import OPTIONS, Decay, Moments, Step, Vectors, beside, clipped, corrections, step
+from study.engines.steps import Seen
+from study.engines.updates import OPTIONS, Decay, beside, corrections
 from study.measurement import LayerSample, Progress, Reason
 from study.optimizer import OptimizerSpec
 from study.training.decay import Planned, rule_of
@@ -27,7 +25,7 @@ from study.training.effective_lr import effective_lr, rotation
 from study.training.equilibrium import follow, is_equilibrated, rotation_at_equilibrium, theory_of
 from study.training.gains import by_place, stacked_samples
 from study.training.roles import ParameterRole, Role
-from study.training.updates import norms, scheduled_norm
+from study.training.updates import scheduled_norm
 
 EVALUATION_ROWS = 4
 """Rows that are evaluated at once; never one alone, where there are two."""
@@ -35,59 +33,35 @@ EVALUATION_ROWS = 4
 EVALUATION_IMAGES = 256
 """Images of each row that go through the model at once when it is evaluated."""
 
-NOTHING = torch.empty(0)
-"""Stands for a moment that a parameter's rule does not remember."""
-
-
-class _Moving(NamedTuple):
-    """The parameters that a step moves, and what goes with them."""
-
-    place: dict[int, int]
-    """Where each of them stands in the lists, by its index among all parameters."""
-    weights: list[Tensor]
-    moments: Moments
-    decays: dict[int, Decay]
-    how: Step
-
 
 class Interval:
     """One epoch of the trials that hold the first rows."""
 
-    def __init__(self, bank: Bank, members: list[Member]) -> None:
-        self.bank, self.members = bank, members
-        self.rows = bank.padded(len(members))
+    def __init__(self, bank: Bank, members: list[Member], recordings: Recordings) -> None:
+        self.bank, self.members, self.recordings = bank, members, recordings
+        self.rows = recordings.padded(len(members))
         for row in range(len(members), self.rows):
             bank.move(0, row)
         # Rows beyond the trials' own only fill up: they repeat the first trial.
         self.padded = [*members, *[members[0]] * (self.rows - len(members))]
         self.courses = [member.course for member in self.padded]
-        self.weights = [tensor.detach().requires_grad_() for tensor in bank.trained.prefix(self.rows).values()]
-        self.values = {**dict(zip(bank.names, self.weights, strict=True)), **bank.fixed.prefix(self.rows)}
-        self.moments: Moments = {
-            kind: [prefix.get(name, NOTHING) for name in bank.names]
-            for kind, prefix in ((kind, stack.prefix(self.rows)) for kind, stack in bank.moments.items())
-        }
-        self._hold()
-        self.dtype = self.weights[0].dtype
-        self.decays = self._decays()
-        self.seen: list[tuple[int, dict[int, Tensor], dict[int, Tensor]]] = []
-        self._known: dict[tuple[int, ...], _Moving] = {}
+        self.dtype = next(iter(bank.trained.tensors.values())).dtype
+        self.seen: list[tuple[int, Seen]] = []
 
     def run(self) -> list[Progress]:
         """Trains, evaluates and measures."""
         start = time.perf_counter()
-        orders = [member.course.batches() for member in self.members]
-        orders += [orders[0]] * (self.rows - len(self.members))
+        orders = self._orders()
         numbers = self._train(orders)
-        self._count(len(orders[0]))
+        self._count(len(orders))
         # Each row's own numbers side by side: the order of a sum must not depend on the number of rows.
         losses, errors = numbers.movedim(1, 2).contiguous().mean(2).tolist()
-        largest = self._largest()
+        first, largest = numbers[0, 0].tolist(), self._largest()
         reasons: list[Reason] = []
         values: list[dict[str, float]] = []
         for row, member in enumerate(self.members):
             member.course.epoch += 1
-            values.append(member.course.trained(float(numbers[0, 0, row]), losses[row], errors[row]))
+            values.append(member.course.trained(first[row], losses[row], errors[row]))
             reasons.append(member.course.divergence(losses[row], largest[row]))
         samples = self._samples()
         if not all(reasons):
@@ -95,90 +69,55 @@ class Interval:
         seconds = (time.perf_counter() - start) / len(self.members)
         return [member.course.measured(values[row], samples[row], reasons[row], seconds) for row, member in enumerate(self.members)]
 
-    def _train(self, orders: list[Tensor]) -> Tensor:
+    def _orders(self) -> Tensor:
+        """The images of every step and row: int64 [steps, rows, batch]."""
+        orders = [member.course.batches() for member in self.members]
+        orders += [orders[0]] * (self.rows - len(self.members))
+        return torch.stack(orders, dim=1).to(self.bank.device)
+
+    def _train(self, orders: Tensor) -> Tensor:
         """Losses and errors of every step and row: [2, steps, rows]."""
-        tables = self._tables(len(orders[0]))
-        rows = []
+        tables = self._tables(len(orders))
+        now = torch.tensor(list(tables.values()), dtype=self.dtype, device=self.bank.device).movedim(0, 1)
+        steps = self.recordings.steps(self.rows, tuple(tables), self._decays())
         generators = [member.dropout for member in self.members]
         generators += [torch.Generator(self.bank.device).manual_seed(0) for _ in range(self.rows - len(generators))]
-        for number in range(len(orders[0])):
-            images, labels = self._batch([order[number] for order in orders])
-            with self._autocast():
-                logits = self.bank.arithmetic(images, Pass(self.values, Mode.TRAIN, generators))
-                losses = self._losses(logits, labels)
-            gradients = torch.autograd.grad(losses.sum(), self.weights, allow_unused=True)
-            with torch.no_grad():
-                self._update(number, list(gradients), tables)
-                rows.append(torch.stack((losses.detach(), (logits.argmax(-1) != labels).to(self.dtype).mean(1))))
-        return torch.stack(rows, dim=1)
-
-    def _update(self, number: int, gradients: list[Tensor | None], tables: Mapping[str, Tensor]) -> None:
-        moving = self._moving(tuple(index for index, gradient in enumerate(gradients) if gradient is not None))
-        vectors = Vectors({_renumbered(name, moving.place): table[number] for name, table in tables.items()})
-        slopes = [gradient for gradient in gradients if gradient is not None]
-        if "clip" in vectors:
-            slopes = clipped(slopes, vectors["clip"])
-        watched = [moving.place[index] for index in self._watched(number) if index in moving.place]
-        seen = step(moving.how, moving.weights, slopes, moving.moments, moving.decays, vectors, watched)
-        if watched:
-            used = list(moving.place)
-            found = {used[position]: dots for position, dots in seen.items()}
-            self.seen.append((number, found, self._inverse_roots(found, vectors)))
-
-    def _moving(self, used: tuple[int, ...]) -> "_Moving":
-        """What a step moves where only these parameters have gradients: as good as always the same ones."""
-        if used not in self._known:
-            place = {index: position for position, index in enumerate(used)}
-            aux, held = (frozenset(place[index] for index in which if index in place) for which in (self.bank.how.aux, self.bank.how.held))
-            self._known[used] = _Moving(
-                place,
-                [self.weights[index].detach() for index in used],
-                {kind: [tensors[index] for index in used] for kind, tensors in self.moments.items()},
-                {place[index]: decay for index, decay in self.decays.items() if index in place},
-                replace(self.bank.how, aux=aux, held=held),
-            )
-        return self._known[used]
-
-    def _hold(self) -> None:
-        """What the constraint reads of each weight that it holds, beside the rule's moments."""
-        bank, count = self.bank, len(self.weights)
-        if bank.squares:
-            empty = [NOTHING] * count
-            self.moments["square"], self.moments["initial_norm"] = list(empty), list(empty)
-            initial = list(bank.initial.prefix(self.rows).values())
-            for index, square in bank.squares.items():
-                self.moments["square"][index] = square[: self.rows]
-                self.moments["initial_norm"][index] = torch.func.vmap(lambda one: norms(one, bank.constraint["granularity"]))(initial[index])
+        numbers = []
+        for number, chosen in enumerate(orders):
+            taken = steps.take(*self._batch(chosen), now[number], generators, self._watches(number))
+            numbers.append(taken.numbers)
+            if taken.seen:
+                self.seen.append((number, taken.seen))
+        return torch.stack(numbers, dim=1)
 
     def _decays(self) -> dict[int, Decay]:
-        """What decay does to each parameter that any row decays."""
+        """What decay does to each parameter that any row decays; where steps are recorded, to every one, as other trials will come."""
         plans = [{planned.parameter.name: planned for planned in member.plan} for member in self.padded]
         initial = self.bank.initial.prefix(self.rows)
+        anywhere = self.recordings.records and any(planned.anchor for plan in plans for planned in plan.values())
         found = {}
         for index, name in enumerate(self.bank.names):
             planned = [plan[name] for plan in plans]
             turns = planned[0].constrained and self.bank.constraint["name"] == "rotational"
             rates = [0.0 if turns else one.rate for one in planned]
-            if any(rates):
-                weight = self.weights[index]
-                found[index] = Decay(beside(self._vector(rates), weight), self._anchor(planned, weight, initial[name]))
+            if any(rates) or self.recordings.records:
+                anchor = self._anchor(planned, initial[name]) if anywhere or any(one.anchor for one in planned) else None
+                found[index] = Decay(beside(self._vector(rates), initial[name]), anchor)
         return found
 
-    def _anchor(self, planned: list[Planned], weight: Tensor, initial: Tensor) -> Tensor | None:
-        if not any(one.anchor for one in planned):
-            return None
-        numbers = beside(self._vector([0.0 if one.anchor == "init" else float(one.anchor) for one in planned]), weight)
-        if not any(one.anchor == "init" for one in planned):
+    def _anchor(self, planned: list[Planned], initial: Tensor) -> Tensor:
+        numbers = beside(self._vector(0.0 if one.anchor == "init" else float(one.anchor or 0) for one in planned), initial)
+        if not self.recordings.records and not any(one.anchor == "init" for one in planned):
             return numbers
-        return numbers + initial * beside(self._vector([float(one.anchor == "init") for one in planned]), weight)
+        return numbers + initial * beside(self._vector(float(one.anchor == "init") for one in planned), initial)
 
-    def _tables(self, steps: int) -> dict[str, Tensor]:
+    def _tables(self, steps: int) -> dict[str, list[list[float]]]:
         """What each step of each row depends on, by name: [steps, rows]."""
         optimizers = [course.trial.optimizer for course in self.courses]
         scheduled = [[course.scheduled(course.step + number) for course in self.courses] for number in range(steps)]
         tables = {"lr": [[lr for lr, _ in row] for row in scheduled]}
         factors = [[factor for _, factor in row] for row in scheduled]
-        if any(factor != 1.0 for row in factors for factor in row):
+        if self.recordings.records or any(factor != 1.0 for row in factors for factor in row):
             tables["factor"] = factors
         if self.bank.how.aux:
             tables["aux lr"] = [[course.scheduled(course.step + number, aux=True)[0] for course in self.courses] for number in range(steps)]
@@ -191,8 +130,7 @@ class Interval:
                 tables[f"correction{index}"] = [corrections(tables[name][0], row) for row in ages]
         if any(optimizer.clip is not None for optimizer in optimizers):
             tables["clip"] = [[float("inf") if optimizer.clip is None else optimizer.clip for optimizer in optimizers]] * steps
-        tables |= self._tables_of_constraint(optimizers, scheduled, ages)
-        return {name: torch.tensor(table, dtype=self.dtype, device=self.bank.device) for name, table in tables.items()}
+        return tables | self._tables_of_constraint(optimizers, scheduled, ages)
 
     def _tables_of_constraint(
         self, optimizers: list[OptimizerSpec], scheduled: list[list[tuple[float, float]]], ages: list[list[int]]
@@ -220,41 +158,19 @@ class Interval:
     def _vector(self, values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=self.dtype, device=self.bank.device)
 
-    def _batch(self, indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Images [rows, batch, ...] and labels [rows, batch] of one step."""
         first = self.courses[0].data
         if all(course.data is first and course.trial.data.augment == "none" for course in self.courses):
-            chosen = torch.stack(indices)
             return first.train_images[chosen], first.train_labels[chosen]
-        own = [course.batch(chosen) for course, chosen in zip(self.courses[: len(self.members)], indices, strict=False)]
+        own = [course.batch(indices) for course, indices in zip(self.courses[: len(self.members)], chosen, strict=False)]
         own += [own[0]] * (self.rows - len(own))
         images, labels = zip(*own, strict=True)
         return torch.stack(images), torch.stack(labels)
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Every row's own loss: [rows]."""
-        if self.courses[0].trial.loss == "cross_entropy":
-            return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-        return torch.stack([course.loss(own, given) for course, own, given in zip(self.courses, logits, labels, strict=True)])
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.bank.device.type, torch.bfloat16) if self.bank.precision == "bf16" else nullcontext()
-
-    def _watched(self, number: int) -> list[int]:
-        """The weights to be traced at a step of this epoch: all or none."""
-        if not any((member.course.step + number + 1) % member.course.trial.trace.every == 0 for member in self.members):
-            return []
-        return [self.bank.index[role.name] for role in self.bank.order if role.role is Role.WEIGHT]
-
-    def _inverse_roots(self, watched: Iterable[int], vectors: Vectors) -> dict[int, Tensor]:
-        """The mean over coordinates of 1 / (sqrt(v) + eps), v bias-corrected: [rows], of parameters whose rules have it."""
-        found = {}
-        for index in watched:
-            if "v" not in self.moments or self.moments["v"][index] is NOTHING:
-                continue
-            second = self.moments["v"][index].flatten(1).double() / vectors["correction2"][:, None]
-            found[index] = (1 / (second.sqrt() + vectors["eps"][:, None])).mean(1)
-        return found
+    def _watches(self, number: int) -> bool:
+        """Whether any trial is traced at a step of this epoch."""
+        return any((member.course.step + number + 1) % member.course.trial.trace.every == 0 for member in self.members)
 
     def _count(self, steps: int) -> None:
         """Counts the epoch's steps, and follows lr x decay of every group through them."""
@@ -276,13 +192,13 @@ class Interval:
         """The layers' samples of every trial."""
         found: list[list[LayerSample]] = [[] for _ in self.members]
         roles = {self.bank.index[role.name]: role for role in self.bank.order}
-        for number, dots, inverse in self.seen:
-            numbers, means = {index: table.tolist() for index, table in dots.items()}, {index: table.tolist() for index, table in inverse.items()}
+        for number, seen in self.seen:
+            dots, means = seen.dots.tolist(), dict(zip(seen.adaptive, seen.inverse.tolist(), strict=True))
             for row, member in enumerate(self.members):
                 if (self.began[row] + number + 1) % member.course.trial.trace.every == 0:
                     found[row] += [
                         self._sample(row, number, roles[index], own[row], means[index][row] if index in means else None)
-                        for index, own in numbers.items()
+                        for index, own in zip(seen.weights, dots, strict=True)
                     ]
         return found
 
@@ -316,7 +232,8 @@ class Interval:
     @torch.no_grad()
     def _largest(self) -> list[float]:
         """The largest size of any parameter of each row; NaN where one is NaN."""
-        return torch.stack([weight.detach().reshape(self.rows, -1).abs().amax(1) for weight in self.weights]).amax(0).tolist()
+        weights = self.bank.trained.prefix(self.rows).values()
+        return torch.stack([weight.reshape(self.rows, -1).abs().amax(1) for weight in weights]).amax(0).tolist()
 
     @torch.no_grad()
     def _evaluate(self, values: list[dict[str, float]], reasons: list[Reason]) -> None:
@@ -335,13 +252,14 @@ class Interval:
                 values[row] |= member.course.concluded(self.bank.shell.eval())
 
     def _run(self, mode: Mode, images: Tensor) -> Tensor:
-        """Logits of every row, a few rows at a time: batches are larger than in training, and all rows at once would spill the caches."""
+        """Logits of every row; on a CPU a few rows at a time, as batches are larger than in training, and all would spill the caches."""
         logits = []
+        values = self._values()
         steps = torch.arange(0, self.rows, self.bank.step)
-        for starts in steps.tensor_split(-(-self.rows // EVALUATION_ROWS)):
+        for starts in steps.tensor_split(-(-self.rows // EVALUATION_ROWS) if self.bank.device.type == "cpu" else 1):
             part = slice(int(starts[0]), int(starts[-1]) + self.bank.step)
-            with self._autocast():
-                logits.append(self.bank.arithmetic(images[part], Pass({name: value[part] for name, value in self.values.items()}, mode)))
+            with self.bank.autocast():
+                logits.append(self.bank.arithmetic(images[part], Pass({name: value[part] for name, value in values.items()}, mode)))
         return torch.cat(logits)
 
     def _logits(self, count: int) -> Tensor:
@@ -351,19 +269,17 @@ class Interval:
             parts.append(self._run(Mode.EVALUATE, images))
         return torch.cat(parts, dim=1).to(self.dtype)
 
+    def _values(self) -> dict[str, Tensor]:
+        return {**self.bank.trained.prefix(self.rows), **self.bank.fixed.prefix(self.rows)}
+
     def _gains(self) -> list[dict[str, float]]:
         """The metrics of the gains of each trial."""
         gains = [role for role in self.bank.roles if role.role is Role.GAIN]
         if not gains:
             return [{} for _ in self.members]
-        stacked = stacked_samples([role.place for role in gains], [self.values[role.name][: len(self.members)] for role in gains])
+        values = self._values()
+        stacked = stacked_samples([role.place for role in gains], [values[role.name][: len(self.members)] for role in gains])
         return [by_place(samples) for samples in stacked]
-
-
-def _renumbered(name: str, place: Mapping[int, int]) -> str:
-    """The name of a table that belongs to one parameter, among those that have a gradient."""
-    kind, _, index = name.partition(" ")
-    return f"{kind} {place.get(int(index), index)}" if index.isdigit() else name
 
 
 def _described(rule: str, optimizer: OptimizerSpec, lr: float, decay: float) -> dict[str, Any]:

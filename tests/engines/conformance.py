@@ -14,6 +14,7 @@ from torch import Tensor
 
 from study.engines.engine import Engine, Snapshot
 from study.engines.fused import FusedEngine
+from study.engines.recordings import Recorder
 from study.engines.solo import SoloEngine
 from study.measurement import LayerSample, Outcome, Progress
 from study.training import updates
@@ -29,6 +30,9 @@ SAMPLES = 1e-8
 
 ROTATION, SMALLEST_ROTATION = 1e-6, 1e-7
 """Of angles, relative and in radians: solo measures them on weights, fused on the update."""
+
+FAINT_SHARE = 0.02
+"""Coordinates of lion that may be left out at most."""
 
 FAINT = 1e-10
 """Share of its tensor's RMS below which rounding decides the sign of an update."""
@@ -157,9 +161,9 @@ def advanced(engine: Engine, lives: Mapping[str, Life]) -> list[Progress]:
     return seen
 
 
-def fused(specs: Mapping[str, TrialSpec], capacity: int, arithmetic: str = "auto") -> dict[str, Life]:
+def fused(specs: Mapping[str, TrialSpec], capacity: int, arithmetic: str = "auto", recorder: Recorder | None = None) -> dict[str, Life]:
     """The lives of trials in one fused engine, which has fewer rows than there are trials or more."""
-    return live(FusedEngine(capacity, arithmetic=arithmetic), specs, capacity)
+    return live(FusedEngine(capacity, arithmetic=arithmetic, recorder=recorder), specs, capacity)
 
 
 @lru_cache(maxsize=64)
@@ -196,6 +200,24 @@ def assert_agree(life: Life, oracle: Life, tolerance: float = TOLERANCE) -> None
     limits = {"rotation": 1.0, "samples": max(SAMPLES, tolerance)}
     found = {kind: value for kind, value in differences(life, oracle).items() if value > limits.get(kind, tolerance)}
     assert not found, found
+
+
+def hold(
+    specs: dict[str, TrialSpec], capacity: int, arithmetic: str = "auto", tolerance: float = TOLERANCE, recorder: Recorder | None = None
+) -> None:
+    """Trials in a fused engine become what each becomes alone."""
+    found = fused(specs, capacity, arithmetic, recorder)
+    for name, spec in specs.items():
+        assert_agree(found[name], solo(spec), tolerance)
+        assert sources(found[name]) == {"update"} and sources(solo(spec)) == {"weights"}
+    faint = [mask for spec in specs.values() for mask in solo(spec).faint.values()]
+    assert sum(int(mask.sum()) for mask in faint) <= FAINT_SHARE * sum(mask.numel() for mask in faint)
+    assert any(completed(life) for life in found.values())
+
+
+def sources(life: Life) -> set[str]:
+    """What rotations were measured on."""
+    return {sample.source for progress in life.progress for sample in progress.measurement.samples}
 
 
 def differences(life: Life, oracle: Life) -> dict[str, float]:

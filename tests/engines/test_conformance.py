@@ -24,6 +24,7 @@ from tests.engines.conformance import (
     assert_same_bits,
     completed,
     fused,
+    hold,
     resumed,
     solo,
     trial,
@@ -34,8 +35,6 @@ RULES = ("sgd", "adam", "adamw", "lion", "muon")
 FORMS = ("coupled", "decoupled")
 NORMS = ("batch", "layer", "group", "rms", "weight", "none")
 CONVOLUTIONAL = ("resnet post", "resnet pre", "bottleneck")
-FAINT_SHARE = 0.02
-"""Coordinates of lion that may be left out at most."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,22 +56,6 @@ def more_data() -> Iterator[None]:
 def some(cases: Iterable[str], number: int) -> list[Any]:
     """The first cases always, the others with the long tests."""
     return [pytest.param(case, marks=[pytest.mark.long] if index >= number else []) for index, case in enumerate(cases)]
-
-
-def hold(specs: dict[str, TrialSpec], capacity: int, arithmetic: str = "auto", tolerance: float = TOLERANCE) -> None:
-    """Trials in a fused engine become what each becomes alone."""
-    found = fused(specs, capacity, arithmetic)
-    for name, spec in specs.items():
-        assert_agree(found[name], solo(spec), tolerance)
-        assert sources(found[name]) == {"update"} and sources(solo(spec)) == {"weights"}
-    faint = [mask for spec in specs.values() for mask in solo(spec).faint.values()]
-    assert sum(int(mask.sum()) for mask in faint) <= FAINT_SHARE * sum(mask.numel() for mask in faint)
-    assert any(completed(life) for life in found.values())
-
-
-def sources(life: Life) -> set[str]:
-    """What rotations were measured on."""
-    return {sample.source for progress in life.progress for sample in progress.measurement.samples}
 
 
 @pytest.mark.parametrize("norm", some(NORMS, 2))
