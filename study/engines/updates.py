@@ -103,8 +103,12 @@ def step(
     Returns:
         For each watched parameter <w,w>, <w,d>, <d,d> and <g,g> of every slot, where d is the step taken: float64 [slots, 4].
     """
-    moved = _with_decay(gradients, weights, decays, vectors) if how.form == "coupled" else gradients
+    # Into a moment that is the update itself, decay may be added afterwards, where nothing is copied for it.
+    late = how.rule == "sgd" and not how.nesterov
+    moved = _with_decay(gradients, weights, decays, vectors) if how.form == "coupled" and not late else gradients
     updates = RULES[how.rule](how, moved, moments, vectors)
+    if how.form == "coupled" and late:
+        _add_decay(updates, weights, decays, vectors)
     if how.form == "decoupled":
         updates = _with_decay(updates, weights, decays, vectors)
     rates = vectors.beside("lr", updates)
@@ -145,17 +149,27 @@ def corrections(betas: Sequence[float], ages: Sequence[int]) -> list[float]:
 
 def _with_decay(targets: list[Tensor], weights: list[Tensor], decays: Mapping[int, Decay], vectors: Vectors) -> list[Tensor]:
     """targets + rate x (weight - anchor), where decay acts."""
-    if not decays:
-        return targets
-    pulls = [weights[index] if decay.anchor is None else weights[index] - decay.anchor for index, decay in decays.items()]
+    found = list(targets)
+    if decays:
+        totals = torch._foreach_addcmul([targets[index] for index in decays], *_pulls(weights, decays, vectors))
+        for index, total in zip(decays, totals, strict=True):
+            found[index] = total
+    return found
+
+
+def _add_decay(targets: list[Tensor], weights: list[Tensor], decays: Mapping[int, Decay], vectors: Vectors) -> None:
+    """The same in place."""
+    if decays:
+        torch._foreach_addcmul_([targets[index] for index in decays], *_pulls(weights, decays, vectors))
+
+
+def _pulls(weights: list[Tensor], decays: Mapping[int, Decay], vectors: Vectors) -> tuple[list[Tensor], list[Tensor]]:
+    """How far each weight that decays is from its anchor, and at what rate it is pulled there."""
+    ways = [weights[index] if decay.anchor is None else weights[index] - decay.anchor for index, decay in decays.items()]
     rates = [decay.rates for decay in decays.values()]
     if "factor" in vectors:
         rates = list(torch._foreach_mul(rates, vectors.beside("factor", rates)))
-    totals = torch._foreach_addcmul([targets[index] for index in decays], pulls, rates)
-    found = list(targets)
-    for index, total in zip(decays, totals, strict=True):
-        found[index] = total
-    return found
+    return ways, rates
 
 
 def _sgd(how: Step, gradients: list[Tensor], moments: Moments, vectors: Vectors) -> list[Tensor]:
