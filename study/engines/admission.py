@@ -1,13 +1,13 @@
 """Admission: whether a model may be fused, and whether it pays.
 
     trial ──self-test in float64──> converted, looped, or why not          fused against solo, a few steps, one trial joining late
-          ──a few epochs of each──> gain                                   trial-epochs per CPU second, fused over solo
+          ──a few epochs of each──> gain, slots                            trial-epochs per second, fused over solo
 
 No model that fails the self-test is ever fused: state outside buffers, randomness of its own, a computation that depends on values.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from study.engines.course import data_on
 from study.engines.engine import Engine
 from study.engines.fused import FusedEngine
-from study.engines.solo import SoloEngine
+from study.engines.solo import SoloEngine, give_back_memory
 from study.errors import InputError
 from study.measurement import Progress
 from study.optimizer import OptimizerSpec
@@ -35,6 +35,10 @@ ROUNDS = 2
 """Epochs of which the faster one is taken as an engine's time."""
 
 
+WORTH = 1.1
+"""More rows are taken where they train this many times as much: each is a process of Ray Tune, and makes its neighbours' epochs longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """What the self-test and the measurement found of one fusion key."""
@@ -42,23 +46,25 @@ class Admission:
     arithmetic: str
     """`converted` or `looped`; empty where the model must not be fused."""
     gain: float
-    """Trial-epochs per CPU second, fused over solo, to two decimals; 0 where it was not measured."""
+    """Trial-epochs per second, of a core's own or of a GPU, fused over solo, to two decimals; 0 where it was not measured."""
     why: str
     """Why it must not be fused; empty where it may."""
+    slots: int = 0
+    """Rows with which the gain was measured."""
 
 
-def examine(trial: TrialSpec, slots: int, device: str = "cpu") -> Admission:
+def examine(trial: TrialSpec, slots: Sequence[int], device: str = "cpu") -> Admission:
     """Tests and measures a trial's model.
 
     Args:
-        slots: Rows to measure with.
+        slots: Rows to measure with, fewest first; the next ones are tried as long as they fit into memory and gain enough.
         device: Where the measurement runs; the self-test runs on the CPU.
     """
     why = ""
     for arithmetic in ("converted", "looped"):
         why = self_test(trial, arithmetic)
         if not why:
-            return Admission(arithmetic, gain(trial, slots, arithmetic, device), "")
+            return _measured(trial, slots, arithmetic, device)
     return Admission("", 0.0, why)
 
 
@@ -72,32 +78,53 @@ def self_test(trial: TrialSpec, arithmetic: str) -> str:
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def gain(trial: TrialSpec, slots: int, arithmetic: str, device: str = "cpu") -> float:
-    """Trial-epochs per CPU second, fused over solo, to two decimals, so that it is rounded in one place only."""
-    short = _shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1)
-    fused = FusedEngine(slots, device, arithmetic)
-    for slot in range(slots):
-        fused.admit(str(slot), short.model_copy(update={"seed": slot}))
-    solo = SoloEngine(device)
-    solo.admit("solo", short)
-    return round(slots * _fastest(solo.advance) / _fastest(fused.advance), 2)
+def _measured(trial: TrialSpec, slots: Sequence[int], arithmetic: str, device: str) -> Admission:
+    """The gain of the number of rows from which on more of them train no more."""
+    solo = _solo_seconds(_shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1), device)
+    best = Admission("", 0.0, f"{slots[0]} trials together do not fit into memory")
+    for rows in slots:
+        try:
+            # Rounded here, so that it is in one place only.
+            found = Admission(arithmetic, round(rows * solo / _fused_seconds(trial, rows, arithmetic, device), 2), "", rows)
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            give_back_memory()
+        if found.gain < WORTH * best.gain:
+            break
+        best = found
+    return best
 
 
-def solo_seconds(trial: TrialSpec, device: str = "cpu") -> float:
+def solo_seconds(trial: TrialSpec) -> float:
     """CPU seconds that one epoch of a trial takes on a solo engine, from a short one."""
     short = _shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1)
+    return _solo_seconds(short, "cpu") * _images(trial) / _images(short)
+
+
+def _solo_seconds(short: TrialSpec, device: str) -> float:
     solo = SoloEngine(device)
     solo.admit("solo", short)
-    return _fastest(solo.advance) * _images(trial) / _images(short)
+    return _fastest(solo.advance, device)
 
 
-def _fastest(epoch: Callable[[], object]) -> float:
+def _fused_seconds(trial: TrialSpec, rows: int, arithmetic: str, device: str) -> float:
+    short = _shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1)
+    fused = FusedEngine(rows, device, arithmetic)
+    for slot in range(rows):
+        fused.admit(str(slot), short.model_copy(update={"seed": slot}))
+    return _fastest(fused.advance, device)
+
+
+def _fastest(epoch: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of a few epochs: of the CPU's own time, or, as epochs end with numbers that a GPU is waited for, of the clock's."""
+    now = time.process_time if device == "cpu" else time.perf_counter
     epoch()
     times = []
     for _ in range(ROUNDS):
-        start = time.process_time()
+        start = now()
         epoch()
-        times.append(time.process_time() - start)
+        times.append(now() - start)
     return min(times)
 
 

@@ -11,7 +11,8 @@ from study.errors import InputError
 from study.home import StudyFolder, home_path, tracking_uri_for
 from study.measurement import Outcome
 from study.tracking.outbox import Outbox
-from study.tuning.choosing import choose, solo_engine
+from study.tuning.choice import solo_engine
+from study.tuning.choosing import choose
 from study.tuning.driver import StudyResult, Watch, read, recorded
 from study.tuning.replicating import train_confirmations
 from study.tuning.replication import confirmations, confirmed

@@ -32,7 +32,8 @@ from study.tracking.names import masked
 from study.tracking.outbox import Outbox
 from study.tracking.recorder import Recorder, add_to_run, git_commit
 from study.trial import TrialSpec
-from study.tuning.choosing import Choice, choose
+from study.tuning.choice import Choice
+from study.tuning.choosing import choose
 from study.tuning.earlier import Earlier, earlier_trials
 from study.tuning.exploiting import mutations
 from study.tuning.hosting import tune_study
@@ -96,8 +97,8 @@ def run(
             return read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
-        with on_ray():
-            choice = choose(spec, base)
+        with on_ray() as wait:
+            choice = choose(spec, base, wait)
             log.warning("engine: %s, as %s", choice.engine, choice.why)
 
             def work(interrupt: threading.Event) -> str:

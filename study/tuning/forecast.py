@@ -11,7 +11,7 @@ from study.stoppingspec import StoppingSpec
 from study.tuning.points import planned
 
 if TYPE_CHECKING:
-    from study.tuning.choosing import Choice
+    from study.tuning.choice import Choice
 
 
 def forecast(spec: StudySpec, seconds_per_epoch: float | None, choice: "Choice", cores: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from study.measurement import Ending, Outcome, TrialRecord
 from study.results.arms import Kind, replicate_number
 from study.spec import BudgetSpec, StudySpec
 from study.tracking.outbox import Outbox
-from study.tuning.choosing import Choice
+from study.tuning.choice import Choice
 from study.tuning.hosting import tune_replicates
 from study.tuning.replication import Replicate, confirmations, wanted
 

@@ -18,7 +18,7 @@ from tests.benchmarks.study_run import DECAY, GAMMAS, GRACE, LR, REDUCTION, TRIA
 
 if TYPE_CHECKING:
     from study.spec import StudySpec
-    from study.tuning.choosing import Choice
+    from study.tuning.choice import Choice
     from tests.benchmarks.stopwatch import Stopwatch
 
 

@@ -75,7 +75,7 @@ def measured(trials: int, sampler: str) -> dict[str, float]:
     from study.tracking.outbox import Outbox
     from study.tracking.recorder import Recorder
     from study.tuning import hosting
-    from study.tuning.choosing import Choice
+    from study.tuning.choice import Choice
     from study.tuning.search import Search
     from study.tuning.searcher import JournalSearcher
 

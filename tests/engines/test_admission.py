@@ -69,14 +69,14 @@ def test_they_pass_with_every_norm(norm: str) -> None:
 
 
 def test_what_passes_is_measured_too() -> None:
-    found = examine(strange("Plain"), slots=3)
+    found = examine(strange("Plain"), slots=[3])
     assert (found.arithmetic, found.why) == ("converted", "")
     assert found.gain > 0
 
 
 @pytest.mark.parametrize(("name", "why"), REFUSED.items())
 def test_a_model_that_fails_is_never_fused(name: str, why: str, tmp_path: Path) -> None:
-    found = examine(strange(name), slots=3)
+    found = examine(strange(name), slots=[3])
     assert (found.arithmetic, found.gain) == ("", 0.0)
     assert why in found.why
     chosen = choose(study(name, "auto"), tmp_path)
@@ -92,7 +92,7 @@ def test_a_model_that_fails_is_never_fused(name: str, why: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", LOOPED)
 def test_what_cannot_be_converted_is_looped_and_trained_right(name: str, tmp_path: Path) -> None:
     assert self_test(strange(name), "converted") != ""
-    assert examine(strange(name), slots=3).arithmetic == "looped"
+    assert examine(strange(name), slots=[3]).arithmetic == "looped"
     chosen = choose(study(name, "fused"), tmp_path)
     assert (chosen.engine, chosen.slots, chosen.arithmetic) == ("fused", 3, "looped")
     trials = {str(seed): strange(name, seed=seed, optimizer={"lr": 0.1 / (1 + seed)}) for seed in range(3)}

@@ -11,7 +11,6 @@ from study.spec import StudySpec, check
 from study.trial import TrialSpec
 from study.tuning import choosing
 from study.tuning.choosing import MOST_SLOTS, choose
-from study.tuning.hosting import share_of_a_proxy
 
 TRIAL: dict[str, Any] = {
     "data": {"batch_size": 32, "train_size": 320},
@@ -29,8 +28,9 @@ class Examiner:
         self.found = Admission("converted", 3.0, "")
         self.examined: list[tuple[TrialSpec, int]] = []
 
-    def __call__(self, trial: TrialSpec, slots: int) -> Admission:
-        self.examined.append((trial, slots))
+    def __call__(self, trial: TrialSpec, slots: list[int]) -> Admission:
+        (number,) = slots
+        self.examined.append((trial, number))
         return self.found
 
 
@@ -152,15 +152,6 @@ def test_slots_fit_the_memory(gigabytes: int, slots: int, tmp_path: Path, monkey
     """Each is a process, and a quarter of the memory is enough for all of them."""
     monkeypatch.setattr(choosing, "_memory", lambda: gigabytes << 30)
     assert choose(spec(resources={"engine": "fused"}), tmp_path).slots == slots
-
-
-@pytest.mark.parametrize(("slots", "engines"), [(8, 1), (8, 2), (7, 3), (2, 50)])
-def test_as_many_proxies_fit_on_a_gpu_as_its_engines_have_slots(slots: int, engines: int, tmp_path: Path) -> None:
-    resources = {"engine": "fused", "gpus_per_trial": 1, "slots": slots, "gpus_per_engine": 1 / engines}
-    chosen = choose(spec(resources=resources), tmp_path)
-    assert (chosen.slots, chosen.engines_per_gpu) == (slots, engines)
-    share = share_of_a_proxy(chosen)
-    assert 10_000 // round(10_000 * share) == slots * engines  # Ray counts in such parts
 
 
 def test_slots_that_are_asked_for_are_given(tmp_path: Path, examiner: Examiner) -> None:

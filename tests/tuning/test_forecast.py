@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from study.spec import StoppingSpec, StudySpec, check
-from study.tuning.choosing import START_SECONDS, Choice
+from study.tuning.choice import Choice
+from study.tuning.choosing import START_SECONDS
 from study.tuning.forecast import forecast, sentence, stopping_share
 
 SOLO = Choice("solo", 1, "", 0.0, "")

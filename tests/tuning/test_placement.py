@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study.spec import check
-from study.tuning.choosing import Choice
+from study.tuning.choice import Choice
 from study.tuning.hosting import _trained_by, settings_of
 from study.tuning.placement import Place, Pool
 from study.tuning.trainables import FusedTrainable

@@ -18,7 +18,7 @@ from study.spec import StudySpec
 from study.tracking.outbox import Outbox
 from study.tuning import driver, hosting
 from study.tuning.callbacks import LedgerCallback
-from study.tuning.choosing import Choice
+from study.tuning.choice import Choice
 from study.tuning.confirming import confirm
 from study.tuning.continuing import extended
 from study.tuning.driver import run
