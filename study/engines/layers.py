@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from study.engines.arithmetic import Mode, Pass
+from study.engines.convolutions import Convolution, convolved
 from study.training.owners import gain_of_weight_norm
 
 
@@ -68,12 +69,7 @@ def _conv2d(module: nn.Conv2d, value: Any, own: Mapping[str, Tensor], site: Site
     if module.padding_mode != "zeros":
         return _vmapped_module(module, value, own, site)  # type: ignore[no-any-return]
     maps = as_maps(value)
-    bias = own["bias"].flatten() if "bias" in own else None
-    weight = _grouped_weight(module, own).flatten(0, 1)
-    return Maps(
-        F.conv2d(maps.tensor, weight, bias, module.stride, module.padding, module.dilation, maps.slots * module.groups),
-        maps.slots,
-    )
+    return Maps(convolved(maps.tensor, _grouped_weight(module, own), own.get("bias"), Convolution.of(module, maps.slots)), maps.slots)
 
 
 def _linear(module: nn.Linear, value: Any, own: Mapping[str, Tensor], site: Site) -> Tensor:

@@ -1,6 +1,6 @@
 """Fused trials on a GPU against what one trial, or several processes, get out of it. Never run on a GPU so far: a table to be made.
 
-python -m tests.benchmarks.gpu [--device cuda]
+python -m tests.benchmarks.gpu [--only ResNet-20] [--seconds 5] [--out table.csv] [--device cuda]
 
 solo        the solo engine, eager
 graph       a bare loop of one trial through torch.compile with CUDA graphs, channels-last: the best that one trial does by itself
@@ -8,10 +8,13 @@ N procs     so many processes with a solo engine each on the same GPU, at the be
 fused       the fused engine
 roofline    floating-point operations that fused training does each second over what the GPU can do
 
-Images per second of training, evaluation included, in bfloat16; pixels are random, as time does not depend on them.
+Images per second of training, evaluation included, in bfloat16; pixels are random, as time does not depend on them. What cannot be
+measured, as where memory runs out, is a dash, and why is said below its row. Rows are written to the file as they come.
 """
 
 import argparse
+import csv
+import math
 import multiprocessing as mp
 import platform
 import sys
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +40,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 
 """Dense bfloat16 operations per second that a GPU's data sheet promises, by a part of its name."""
 
 PROCESSES = (2, 4, 8)
-SECONDS = 5.0
+COLUMNS = ("solo", "graph", "best N", "N procs", "slots", "fused", "fused / solo", "fused / graph", "fused / N procs", "roofline")
 CIFAR = {"name": "import:tests.benchmarks.gpu:pixels", "args": {"count": 8192}}
 
 
@@ -75,25 +79,65 @@ def pixels(count: int, side: int = 32) -> tuple[torch.Tensor, torch.Tensor, torc
     return images[:count], labels[:count], images[count:], labels[count:]
 
 
-def main(device: str, cases: list[Case]) -> int:
+def main(device: str, cases: list[Case], seconds: float, out: Path | None) -> int:
     """Prints the table, or in one sentence why there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU here that torch can use: nothing was measured.")
         return 0
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    print(f"{name}, torch {torch.__version__}, {platform.platform()}; images per second")
-    print(f"{'network':<24}{'solo':>11}{'graph':>11}{'best N':>8}{'N procs':>11}{'slots':>7}{'fused':>11}{'/ solo':>8}{'/ graph':>9}{'roofline':>10}")
+    gpu = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    system = f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}, {platform.platform()}"
+    print(f"{system}; images per second, of {seconds:g} seconds each")
+    print(f"{'network':<24}" + "".join(f"{name:>{_width(name)}}" for name in COLUMNS))
+    peak = next((flops for part, flops in PEAK.items() if part in gpu), math.nan)
     for case in cases:
-        solo, graph = _rate(_solo(case, device), case), _rate(_graph(case, device), case)
-        shared, count = max((_shared(case, device, count), count) for count in PROCESSES)
-        fused = _rate(_fused(case, device), case, case.slots)
-        peak = next((flops for part, flops in PEAK.items() if part in name), None)
-        share = f"{fused * _operations(case) / peak:.1%}" if peak else "?"
-        numbers = (
-            f"{solo:>11.0f}{graph:>11.0f}{count:>8}{shared:>11.0f}{case.slots:>7}{fused:>11.0f}{fused / solo:>8.2f}{fused / graph:>9.2f}{share:>10}"
-        )
-        print(f"{case.name:<24}{numbers}", flush=True)
+        numbers, problems = _row(case, device, seconds, peak)
+        print(f"{case.name:<24}" + "".join(f"{_shown(name, numbers[name]):>{_width(name)}}" for name in COLUMNS), *problems, sep="\n    ", flush=True)
+        if out:
+            _append(out, {"system": system, "network": case.name, **numbers})
     return 0
+
+
+def _row(case: Case, device: str, seconds: float, peak: float) -> tuple[dict[str, float], list[str]]:
+    """The numbers of a case by column, and why any is missing."""
+    problems: list[str] = []
+
+    def tried(name: str, measure: Callable[[], float]) -> float:
+        try:
+            return measure()
+        except Exception as error:  # of any library, on hardware that nobody has tried
+            problems.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0][:200])
+            return math.nan
+        finally:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+    solo = tried("solo", lambda: _rate(_solo(case, device), case, seconds))
+    graph = tried("graph", lambda: _rate(_graph(case, device), case, seconds))
+    shared = {count: tried(f"{count} processes", lambda count=count: _shared(case, device, count, seconds)) for count in PROCESSES}
+    best = max(shared, key=lambda count: -math.inf if math.isnan(shared[count]) else shared[count])
+    fused = tried("fused", lambda: _rate(_fused(case, device), case, seconds, case.slots))
+    ratios = {f"fused / {name}": fused / other for name, other in (("solo", solo), ("graph", graph), ("N procs", shared[best]))}
+    absolute = {"solo": solo, "graph": graph, "best N": best, "N procs": shared[best], "slots": case.slots, "fused": fused}
+    return {**absolute, **ratios, "roofline": fused * _operations(case) / peak}, problems
+
+
+def _width(column: str) -> int:
+    return max(9, len(column)) + 2
+
+
+def _shown(column: str, number: float) -> str:
+    if math.isnan(number):
+        return "-"
+    return f"{number:.2f}" if "/" in column else f"{number:.1%}" if column == "roofline" else f"{number:.0f}"
+
+
+def _append(out: Path, row: dict[str, Any]) -> None:
+    is_new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _solo(case: Case, device: str) -> Callable[[], object]:
@@ -113,36 +157,39 @@ def _graph(case: Case, device: str) -> Callable[[], object]:
     return bare_loop(case.trial(), channels_last=True, compiled=True, device=device)
 
 
-def _rate(epoch: Callable[[], object], case: Case, trials: int = 1) -> float:
+def _rate(epoch: Callable[[], object], case: Case, seconds: float, trials: int = 1) -> float:
     """Images per second, after two epochs that warm up."""
     epoch(), epoch()
     start, epochs = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS:
+    while time.perf_counter() - start < seconds:
         epoch()  # returns numbers, and so has waited for the GPU
         epochs += 1
     images = len(load_data(case.trial().data).train_labels) // case.batch * case.batch
     return trials * epochs * images / (time.perf_counter() - start)
 
 
-def _shared(case: Case, device: str, count: int) -> float:
+def _shared(case: Case, device: str, count: int, seconds: float) -> float:
     """Images per second of so many processes together."""
     context = mp.get_context("spawn")
     ours, theirs = zip(*(context.Pipe() for _ in range(count)), strict=True)
     barrier = context.Barrier(count)
-    processes = [context.Process(target=_share, args=(channel, barrier, case, device), daemon=True) for channel in theirs]
-    for process in processes:
-        process.start()
-    rates = [float(channel.recv()) for channel in ours]
-    for process in processes:
-        process.join()
-    return sum(rates)
+    processes = [context.Process(target=_share, args=(channel, barrier, case, device, seconds), daemon=True) for channel in theirs]
+    try:
+        for process, channel in zip(processes, theirs, strict=True):
+            process.start()
+            channel.close()  # so that one that dies is an end of file, and not awaited for ever
+        return sum(float(channel.recv()) for channel in ours)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def _share(channel: Connection, barrier: Any, case: Case, device: str) -> None:
+def _share(channel: Connection, barrier: Any, case: Case, device: str, seconds: float) -> None:
     epoch = _solo(case, device)
     epoch()
     barrier.wait()
-    channel.send(_rate(epoch, case))
+    channel.send(_rate(epoch, case, seconds))
 
 
 def _operations(case: Case) -> float:
@@ -157,4 +204,8 @@ def _operations(case: Case) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fused trials on a GPU.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that the program works")
-    sys.exit(main(parser.parse_args().device, CASES))
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each number")
+    parser.add_argument("--out", type=Path, help="CSV file to add the rows to")
+    asked = parser.parse_args()
+    sys.exit(main(asked.device, [case for case in CASES if asked.only in case.name], asked.seconds, asked.out))

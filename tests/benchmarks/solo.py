@@ -73,7 +73,7 @@ def bare_loop(trial: TrialSpec, every: int | None = None, *, channels_last: bool
     def epoch() -> tuple[float, float, float]:
         model.train()
         losses = []
-        for indices in torch.randperm(len(data.train_labels)).split(trial.data.batch_size):
+        for indices in torch.randperm(len(data.train_labels), device=device).split(trial.data.batch_size):
             if len(indices) == trial.data.batch_size:
                 optimizer.zero_grad()
                 with autocast:
