@@ -20,6 +20,7 @@ from study.engines.solo import SoloEngine, give_back_memory
 from study.errors import InputError
 from study.measurement import Progress
 from study.optimizer import OptimizerSpec
+from study.training.data import Data
 from study.trial import TrialSpec
 
 TOLERANCE = 1e-10
@@ -30,6 +31,9 @@ TESTED_LR = 0.02
 
 TESTED_STEPS, MEASURED_STEPS = 3, 20
 """Optimizer steps in an epoch of the self-test, and of the measurement of the gain."""
+
+TESTED_BATCH, TESTED_IMAGES = 16, 320
+"""Images in a step of the self-test, and to validate on, at most: more than fused engines evaluate at once, and fewer than the solo engine does."""
 
 ROUNDS = 2
 """Epochs of which the faster one is taken as an engine's time."""
@@ -134,12 +138,20 @@ def _variants(trial: TrialSpec) -> list[TrialSpec]:
     Under plain sgd, whatever the trial's rule: what is tested is the model's arithmetic, and rules that divide by tiny numbers or take
     their signs turn rounding into large differences between any two engines.
     """
-    short = _shortened(trial, TESTED_STEPS, epochs=2).canonical()
+    short = _reduced(trial).canonical()
     plain = [OptimizerSpec(lr=TESTED_LR / 2**number, weight_decay=0.01, gamma=trial.optimizer.gamma) for number in range(3)]
     return [
         TrialSpec.model_validate({**short, "optimizer": one.model_dump(mode="json"), "seed": number, "precision": "float64"})
         for number, one in enumerate(plain)
     ]
+
+
+def _reduced(trial: TrialSpec) -> TrialSpec:
+    """As short as it can be, on few images."""
+    data = _data(trial)
+    share = min(1.0, TESTED_IMAGES / max(1, len(data.validation_labels)))
+    small = _with(trial, data={"batch_size": min(trial.data.batch_size, TESTED_BATCH), "validation": trial.data.validation * share})
+    return _shortened(small, TESTED_STEPS, epochs=2)
 
 
 def _shortened(trial: TrialSpec, steps: int, epochs: int) -> TrialSpec:
@@ -148,7 +160,11 @@ def _shortened(trial: TrialSpec, steps: int, epochs: int) -> TrialSpec:
 
 
 def _images(trial: TrialSpec) -> int:
-    return len(data_on(trial.data.model_dump_json(), torch.device("cpu"), torch.float32).train_labels)
+    return len(_data(trial).train_labels)
+
+
+def _data(trial: TrialSpec) -> Data:
+    return data_on(trial.data.model_dump_json(), torch.device("cpu"), torch.float32)
 
 
 def _with(trial: TrialSpec, **changes: Any) -> TrialSpec:

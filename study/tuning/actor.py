@@ -349,15 +349,16 @@ def _failed(trial_id: str, error: Exception) -> Progress:
 
 
 @contextmanager
-def pool(settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0) -> Iterator[str]:
+def pool(settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0, engines: int = 0) -> Iterator[str]:
     """The name of a pool of engines, which lives, with them, as long as the block and this process do.
 
     Args:
         settings: Arguments of every EngineActor.
         engines_per_gpu: How many share one GPU.
         expected: Proxies that the study starts with.
+        engines: How many each node's CPU has at most; 0 for one on each core.
     """
-    with _beside_the_driver(Pool, EngineActor, settings, engines_per_gpu, expected) as (name, handle):
+    with _beside_the_driver(Pool, EngineActor, settings, engines_per_gpu, expected, engines) as (name, handle):
         ray.get(handle.wait.remote())
         yield name
 

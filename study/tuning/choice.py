@@ -38,6 +38,8 @@ class Choice:
     why: str
     engines_per_gpu: int = 1
     """Fused engines that share one GPU, where there is one."""
+    engines: int = 0
+    """Fused engines on the CPU of this machine; 0 for one on each core, as on every node of a cluster."""
 
     def document(self) -> dict[str, object]:
         """The part of `study plan --json` that tells of it."""

@@ -5,11 +5,12 @@ spec ─┬─ asks for solo, or its trials differ in structure ─────�
                           on this machine's CPU, or on a GPU (`gpus.py`)
 """
 
-import math
 import os
 import platform
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from study.engines.admission import Admission, examine, solo_seconds
 from study.engines.bank import OWN, fusion_key
@@ -24,7 +25,7 @@ START_SECONDS = 2.0
 STOPPED_SHARE = 0.4
 """Share of all epochs that a study with early stopping is expected to train."""
 
-MOST_SLOTS = 6
+FEWEST_SLOTS, MOST_SLOTS = 2, 6
 """Rows of one engine on a core: more of them gain little and spill its caches, and each is a process of Ray Tune to start."""
 
 SHARED_COST = 0.65
@@ -65,29 +66,60 @@ def _tried(spec: StudySpec, home: Path, asked_for: bool) -> Choice:
         if not asked_for:
             return solo_engine(f"a first trial raised {type(error).__name__}: {error}".splitlines()[0])
         work = 0.0
-    slots = _slots(spec, work)
-    if not asked_for and not _pays(work, slots, float("inf")):
-        return solo_engine("the study is so short that starting more processes would take longer")
-    found = _examined(spec, slots, home)
+    team = _team(spec, work)
+    if not asked_for and spec.search.trials < team.engines * team.slots:
+        return solo_engine("there are too few trials to fill the rows of fused engines")
+    found = _examined(spec, team.slots, home)
     if found.why:
         return solo_engine(f"its model cannot be fused: {found.why}")
-    if asked_for or _pays(work, slots, found.gain):
-        why = f"{slots} trials in one step train {found.gain:.1f} times as fast per core"
-        return Choice("fused", slots, found.arithmetic, found.gain, why)
-    why = f"{slots} trials in one step would train {found.gain:.1f} times as fast per core, which does not make up for their start"
+    if asked_for or _pays(work, team, found.gain):
+        why = f"{team.slots} trials in one step train {found.gain:.1f} times as fast per core"
+        if team.engines < team.cores:
+            why += f"; on {team.engines} of {team.cores} cores, as so short a study ends before engines on more of them would have started"
+        return Choice("fused", team.slots, found.arithmetic, found.gain, why, engines=0 if team.engines == team.cores else team.engines)
+    why = f"{team.slots} trials in one step would train {found.gain:.1f} times as fast per core, which does not make up for their start"
     return Choice("solo", 1, "", found.gain, why)
 
 
-def _pays(work: float, slots: int, gain: float) -> bool:
-    """Whether fused trials are expected to end enough earlier than solo ones, all processes' starts counted.
+class Team(NamedTuple):
+    """Fused engines on the cores of a machine."""
+
+    engines: int
+    slots: int
+    """Of each engine, and so many processes of Ray Tune."""
+    cores: int
+
+    def seconds(self, work: float, gain: float) -> float:
+        """From the start of the processes to the end of the trials.
+
+        Args:
+            work: CPU seconds that all epochs take on solo engines.
+            gain: How many times as fast an engine trains as a solo one.
+        """
+        processes = self.engines * (1 + self.slots)
+        return START_SECONDS * max(1.0, processes / self.cores) + work / (gain * self.engines)
+
+
+def _pays(work: float, team: Team, gain: float) -> bool:
+    """Whether fused trials are expected to end enough earlier than solo ones, whose processes each load torch beside Ray Tune."""
+    return 2 * START_SECONDS + work / team.cores >= LEAST_GAIN * team.seconds(work, gain)
+
+
+def _team(spec: StudySpec, work: float) -> Team:
+    """As many engines and slots as are expected to end first: more of them train faster, and start later.
+
+    Where the spec says how many slots, and on a cluster, every core has an engine.
 
     Args:
         work: CPU seconds that all epochs take on solo engines.
     """
-    cores = _cores()
-    solo = work + 2 * START_SECONDS * cores
-    fused = work / gain + START_SECONDS * cores * (2 + slots)
-    return solo >= LEAST_GAIN * fused
+    asked, cores, trials = spec.resources.slots, _cores(), spec.search.trials
+    engines = [cores] if asked != "auto" or os.environ.get("RAY_ADDRESS") else range(1, cores + 1)
+    room = int(_memory() * MEMORY_SHARE / PROXY_BYTES)
+    slots = range(FEWEST_SLOTS, MOST_SLOTS + 1) if asked == "auto" else [asked]
+    teams = [Team(*each, cores) for each in product(engines, slots)]
+    fitting = [team for team in teams if team.slots in (asked, FEWEST_SLOTS) or team.slots <= min(room, trials + team.engines - 1) // team.engines]
+    return min(fitting, key=lambda team: team.seconds(work, 1 / (1 - SHARED_COST + SHARED_COST / team.slots)))
 
 
 def _work(spec: StudySpec) -> float:
@@ -133,21 +165,6 @@ def _may_differ(path: str) -> bool:
     section, _, name = path.partition(".") if "." in path else ("", "", path)
     names = OWN.get(section, ())
     return names is None or name in names
-
-
-def _slots(spec: StudySpec, work: float) -> int:
-    """As many as pay for the start of their processes: another row takes a smaller part of the work off than the one before.
-
-    Args:
-        work: CPU seconds that all epochs take on solo engines.
-    """
-    asked = spec.resources.slots
-    if asked != "auto":
-        return asked
-    # Where the derivative of work x SHARED_COST / slots + START_SECONDS x cores x slots is 0.
-    paid = round(math.sqrt(work * SHARED_COST / (START_SECONDS * _cores())))
-    room = int(_memory() * MEMORY_SHARE / (PROXY_BYTES * _cores()))
-    return max(2, min(MOST_SLOTS, paid, room, -(-spec.search.trials // _cores())))
 
 
 def _examined(spec: StudySpec, slots: int, home: Path) -> Admission:

@@ -28,15 +28,18 @@ def forecast(spec: StudySpec, seconds_per_epoch: float | None, choice: "Choice",
     found: dict[str, Any] = {"trial_epochs": round(epochs), "stopping_share": round(share, 3), "expected_trial_epochs": round(epochs * share)}
     if seconds_per_epoch is None:
         return {**found, "seconds_per_epoch": None, "wall_seconds": None}
-    from study.tuning.choosing import START_SECONDS
-
-    fused = choice.engine == "fused"
-    processes = cores if fused else max(1, cores // spec.resources.cpus_per_trial)
-    work = epochs * share * seconds_per_epoch / (choice.gain if fused and choice.gain else 1.0)
-    start = START_SECONDS * (2 + (choice.slots if fused else 0))
-    wall = work / processes + start
+    wall = _wall(epochs * share * seconds_per_epoch, choice, cores, spec.resources.cpus_per_trial)
     limited = wall if spec.budget.wall is None else min(wall, spec.budget.wall)
     return {**found, "seconds_per_epoch": seconds_per_epoch, "wall_seconds": round(limited, 1)}
+
+
+def _wall(work: float, choice: "Choice", cores: int, cpus_per_trial: int) -> float:
+    """Seconds that so many CPU seconds of a solo engine's work take, the start of processes included."""
+    from study.tuning.choosing import START_SECONDS, Team
+
+    if choice.engine == "fused":
+        return Team(choice.engines or cores, choice.slots, cores).seconds(work, choice.gain or 1.0)
+    return 2 * START_SECONDS + work / max(1, cores // cpus_per_trial)
 
 
 def stopping_share(stopping: StoppingSpec, epochs: int) -> float:

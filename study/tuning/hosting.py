@@ -179,20 +179,23 @@ def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any], wante
     Args:
         wanted: Trials that can run at once, as far as the search goes.
     """
+    import ray
+
     from study.tuning.actor import pool, roll_call
     from study.tuning.trainables import FusedTrainable, SoloTrainable
 
     resources, is_fused = spec.resources, choice.engine == "fused"
     share: dict[str, float] = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
     if is_fused:
-        share = {"cpu": 0.0, "gpu": share_of_a_proxy(choice)} if resources.gpus_per_trial else {"cpu": share_of_a_proxy(choice)}
+        cores = ray.cluster_resources()["CPU"] / choice.engines if choice.engines else 1.0  # type: ignore[no-untyped-call]
+        share = {"cpu": 0.0, "gpu": share_of_a_proxy(choice)} if resources.gpus_per_trial else {"cpu": share_of_a_proxy(choice, cores)}
     processes = min(wanted, _room_for(share))
     if not is_fused:
         with roll_call(processes) as settings["roll"]:
             yield SoloTrainable, share, processes
         return
     arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
-    with pool({**arguments, "keep": settings["keep_weights"]}, choice.engines_per_gpu, processes) as name:
+    with pool({**arguments, "keep": settings["keep_weights"]}, choice.engines_per_gpu, processes, choice.engines) as name:
         settings["pool"] = settings["roll"] = name
         yield FusedTrainable, share, processes
 
@@ -215,9 +218,13 @@ def _room_for(share: Mapping[str, float]) -> int:
     return min(int(free.get(name.upper(), 0.0) / each) for name, each in share.items() if each)
 
 
-def share_of_a_proxy(choice: Choice) -> float:
-    """What the proxy of a trial reserves of its core or GPU, so that as many fit as the engines there have slots: in steps of Ray's, rounded down."""
-    return max(1, int(10_000 / (choice.slots * choice.engines_per_gpu))) / 10_000
+def share_of_a_proxy(choice: Choice, cores: float = 1) -> float:
+    """What the proxy of a trial reserves of its core or GPU, so that as many fit as the engines there have slots: in steps of Ray's, rounded down.
+
+    Args:
+        cores: Those that one engine has.
+    """
+    return max(1, int(10_000 * cores / (choice.slots * choice.engines_per_gpu))) / 10_000
 
 
 def _tags(trial: TrialSpec) -> dict[str, str]:

@@ -8,6 +8,7 @@ Engines follow the proxies, and Ray places those: where a node with a GPU joins,
 its proxies are placed anew and ask again.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class RollCall:
 class Pool(RollCall):
     """Makes the engines of a study where they are asked for, and replaces those that died. An actor itself, next to the driver."""
 
-    def __init__(self, engine: type, settings: Mapping[str, Any], engines_per_gpu: int = 1, expected: int = 0) -> None:
+    def __init__(self, engine: type, settings: Mapping[str, Any], engines_per_gpu: int = 1, expected: int = 0, engines: int = 0) -> None:
         """Makes an empty pool.
 
         Args:
@@ -67,9 +68,10 @@ class Pool(RollCall):
             settings: Arguments of every engine, `device` among them.
             engines_per_gpu: How many share one GPU.
             expected: Proxies that the study starts with.
+            engines: How many each node's CPU has at most; 0 for one on each core.
         """
         super().__init__(expected)
-        self._class, self._settings, self._engines_per_gpu = engine, settings, engines_per_gpu
+        self._class, self._settings, self._engines_per_gpu, self._engines_per_cpu = engine, settings, engines_per_gpu, engines
         self._engines: dict[Place, Any] = {}
         self._proxies: dict[str, Place] = {}
         if settings["device"] == "cpu":
@@ -123,7 +125,8 @@ class Pool(RollCall):
         return ray.get([handle.occupancy.remote() for handle in self._engines.values()])
 
     def _places(self, node: str, gpu: str) -> list[Place]:
-        return [Place(node, gpu, number) for number in range(self._engines_per_gpu if gpu else _cores(node))]
+        cores = min(_cores(node), self._engines_per_cpu or sys.maxsize)
+        return [Place(node, gpu, number) for number in range(self._engines_per_gpu if gpu else cores)]
 
     def _started(self, place: Place) -> Any:
         # One that asks for no environment of its own takes a process that Ray started beforehand.

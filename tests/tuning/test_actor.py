@@ -29,8 +29,11 @@ from study.training.data import load_data
 from study.trial import DataSpec, TrialSpec
 from study.tuning import actor
 from study.tuning.actor import EngineActor
+from study.tuning.choice import Choice
 from study.tuning.driver import StudyResult, run
+from study.tuning.hosting import _trained_by, settings_of
 from study.tuning.placement import Place
+from study.tuning.trainables import FusedTrainable
 from study.tuning.trial_files import snapshot_path
 from tests.benchmarks.our_tune import counted_ticks
 from tests.tuning.test_driver import all_agree, mlflow_runs, prepared, spec
@@ -440,6 +443,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, mlflow_database: Path,
     """It, on the fused engine."""
     home = prepared(tmp_path_factory.mktemp("undisturbed") / "home", mlflow_database)
     return home, by_id(run(same(), home=home))
+
+
+@pytest.mark.usefixtures("users_code")
+@pytest.mark.parametrize(("engines", "share"), [(0, 1 / 3), (1, 2 / 3)])
+def test_a_short_study_has_fewer_engines_than_cores(engines: int, share: float, tmp_path: Path) -> None:
+    """All proxies that its engines have slots for fit on this Ray's two cores, and no more."""
+    studied = same()
+    settings = settings_of(studied, tmp_path)
+    with _trained_by(Choice("fused", 3, "converted", 2.0, "", engines=engines), studied, settings, wanted=100) as (trainable, shares, processes):
+        assert (trainable, processes) == (FusedTrainable, 3 * (engines or 2))
+        assert shares == {"cpu": pytest.approx(share, abs=1e-4)}
+        asked, node = ray.get_actor(settings["pool"]), ray.get_runtime_context().get_node_id()
+        given = ray.get([asked.engine.remote(f"proxy {number}", node, "") for number in range(processes)])
+        assert sorted(given.count(engine) for engine in set(given)) == [3] * (engines or 2)
 
 
 def by_id(result: StudyResult) -> pd.DataFrame:

@@ -104,16 +104,29 @@ def test_an_axis_whose_values_are_only_legal_with_others_is_judged_by_its_path(p
     assert choosing._may_differ(path) == (path in NUMBERS or path.startswith(("schedule.", "trace.")))
 
 
-@pytest.mark.parametrize("trials", [1, 2, 4])
-def test_a_short_study_is_not_worth_the_start_of_more_processes(trials: int, tmp_path: Path, examiner: Examiner) -> None:
-    short = {"trial": {"schedule": {"epochs": 2}}}
-    assert choose(spec(trials=trials, **short), tmp_path).why == "the study is so short that starting more processes would take longer"
+def test_few_trials_do_not_fill_rows(tmp_path: Path, examiner: Examiner) -> None:
+    assert choose(spec(trials=1), tmp_path).why == "there are too few trials to fill the rows of fused engines"
+    assert choose(spec(trials=4, resources={"slots": 3}), tmp_path).engine == "solo"
     assert examiner.examined == []
-    assert choose(spec(trials=trials, resources={"engine": "fused"}, **short), tmp_path).engine == "fused"
+    assert choose(spec(trials=1, resources={"engine": "fused"}), tmp_path).engine == "fused"
 
 
-def test_a_study_that_stops_its_trials_early_is_shorter(tmp_path: Path) -> None:
-    medium = {"trial": {"schedule": {"epochs": 8}}, "trials": 4}
+def test_a_short_study_has_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight CPU seconds of work: an engine and its processes on the other core would take three to start, and halve what is left to train."""
+    short = spec(trials=4, trial={"schedule": {"epochs": 2}})
+    chosen = choose(short, tmp_path)
+    assert (chosen.engine, chosen.engines, chosen.slots) == ("fused", 1, 2)
+    assert chosen.why.endswith("on 1 of 2 cores, as so short a study ends before engines on more of them would have started")
+    assert choose(spec(), tmp_path).engines == 0, "one on each core"
+    assert choose(spec(trials=4, trial={"schedule": {"epochs": 2}}, resources={"slots": 2, "engine": "fused"}), tmp_path).engines == 0
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert choose(short, tmp_path).engines == 0, "the cluster's cores are not this machine's"
+
+
+def test_a_study_that_stops_its_trials_early_is_shorter(tmp_path: Path, examiner: Examiner) -> None:
+    """36 CPU seconds of work, or 14, of which a small gain saves little."""
+    examiner.found = Admission("converted", 1.5, "")
+    medium = {"trial": {"schedule": {"epochs": 3}}, "trials": 12}
     assert choose(spec(**medium), tmp_path).engine == "fused"
     assert choose(spec(**medium, stopping={"scheduler": "asha", "grace": 1, "reduction": 3}), tmp_path).engine == "solo"
 

@@ -1,5 +1,6 @@
 """A forecast adds up what a study will train, what stopping leaves of it, and what a pilot says that an epoch takes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,9 @@ def test_time_is_work_over_processes_and_their_start() -> None:
     assert (found["trial_epochs"], found["expected_trial_epochs"], found["stopping_share"]) == (810, 810, 1.0)
     assert found["wall_seconds"] == 810 * 2.0 / 2 + 2 * START_SECONDS
     fused = forecast(spec(), 2.0, FUSED, cores=2)["wall_seconds"]
-    assert fused == 810 * 2.0 / 2.0 / 2 + (2 + 4) * START_SECONDS
+    assert fused == 810 * 2.0 / 2.0 / 2 + 2 * (1 + 4) / 2 * START_SECONDS
+    one = forecast(spec(), 2.0, replace(FUSED, engines=1), cores=2)["wall_seconds"]
+    assert one == 810 * 2.0 / 2.0 + (1 + 4) / 2 * START_SECONDS
     wide = spec(resources={"cpus_per_trial": 2})
     assert forecast(wide, 2.0, SOLO, cores=2)["wall_seconds"] == 810 * 2.0 + 2 * START_SECONDS
 
