@@ -15,22 +15,18 @@ import json
 import logging
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from study.measurement import Measurement, Outcome, Progress
 from study.trial import TrialSpec
 from study.tuning.exploiting import going_on, save
 from study.tuning.failures import failed, kind
-from study.tuning.placement import Place, Pool, RollCall
+from study.tuning.placement import Place
 from study.tuning.trial_files import keep_weights, snapshot_path
 
 if TYPE_CHECKING:
@@ -346,39 +342,3 @@ def _engine(slots: int, device: str, arithmetic: str) -> "FusedEngine":
 
 def _failed(trial_id: str, error: Exception) -> Progress:
     return Progress(trial_id, Measurement(0, 0, {}), failed(error))
-
-
-@contextmanager
-def pool(settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0, engines: int = 0) -> Iterator[str]:
-    """The name of a pool of engines, which lives, with them, as long as the block and this process do.
-
-    Args:
-        settings: Arguments of every EngineActor.
-        engines_per_gpu: How many share one GPU.
-        expected: Proxies that the study starts with.
-        engines: How many each node's CPU has at most; 0 for one on each core.
-    """
-    with _beside_the_driver(Pool, EngineActor, settings, engines_per_gpu, expected, engines) as (name, handle):
-        ray.get(handle.wait.remote())
-        yield name
-
-
-@contextmanager
-def roll_call(expected: int) -> Iterator[str]:
-    """The name of a RollCall of the processes of a study's trials, which lives as long as the block."""
-    with _beside_the_driver(RollCall, expected) as (name, _):
-        yield name
-
-
-@contextmanager
-def _beside_the_driver(kind: type, *arguments: object) -> Iterator[tuple[str, Any]]:
-    """Name and handle of an actor on the driver's node, which is started again where it dies."""
-    name = f"{kind.__name__.lower()}-{uuid.uuid4().hex}"
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # A pool that dies takes its engines along; one that is started again makes new ones, and the trials go on from their snapshots.
-    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    handle: Any = ray.remote(kind).options(name=name, scheduling_strategy=here, **lasting).remote(*arguments)
-    try:
-        yield name, handle
-    finally:
-        ray.kill(handle)

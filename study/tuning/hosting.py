@@ -181,7 +181,8 @@ def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any], wante
     """
     import ray
 
-    from study.tuning.actor import pool, roll_call
+    from study.tuning.actor import EngineActor
+    from study.tuning.placement import pool, roll_call
     from study.tuning.trainables import FusedTrainable, SoloTrainable
 
     resources, is_fused = spec.resources, choice.engine == "fused"
@@ -195,7 +196,7 @@ def _trained_by(choice: Choice, spec: StudySpec, settings: dict[str, Any], wante
             yield SoloTrainable, share, processes
         return
     arguments = {"folder": settings["folder"], "slots": choice.slots, "device": settings["device"], "arithmetic": choice.arithmetic}
-    with pool({**arguments, "keep": settings["keep_weights"]}, choice.engines_per_gpu, processes, choice.engines) as name:
+    with pool(EngineActor, {**arguments, "keep": settings["keep_weights"]}, choice.engines_per_gpu, processes, choice.engines) as name:
         settings["pool"] = settings["roll"] = name
         yield FusedTrainable, share, processes
 

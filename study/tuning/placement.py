@@ -10,7 +10,9 @@ its proxies are placed anew and ask again.
 
 import sys
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
@@ -151,3 +153,40 @@ def _is_alive(handle: Any) -> bool:
         return bool(ray.get(handle.ping.remote(), timeout=60))
     except LOST:
         return False
+
+
+@contextmanager
+def pool(engine: type, settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0, engines: int = 0) -> Iterator[str]:
+    """The name of a pool of engines, which lives, with them, as long as the block and this process do.
+
+    Args:
+        engine: The class of the engines, which become actors.
+        settings: Arguments of every engine, `device` among them.
+        engines_per_gpu: How many share one GPU.
+        expected: Proxies that the study starts with.
+        engines: How many each node's CPU has at most; 0 for one on each core.
+    """
+    with _beside_the_driver(Pool, engine, settings, engines_per_gpu, expected, engines) as (name, handle):
+        ray.get(handle.wait.remote())
+        yield name
+
+
+@contextmanager
+def roll_call(expected: int) -> Iterator[str]:
+    """The name of a RollCall of the processes of a study's trials, which lives as long as the block."""
+    with _beside_the_driver(RollCall, expected) as (name, _):
+        yield name
+
+
+@contextmanager
+def _beside_the_driver(kind: type, *arguments: object) -> Iterator[tuple[str, Any]]:
+    """Name and handle of an actor on the driver's node, which is started again where it dies."""
+    name = f"{kind.__name__.lower()}-{uuid.uuid4().hex}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # A pool that dies takes its engines along; one that is started again makes new ones, and the trials go on from their snapshots.
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+    handle: Any = ray.remote(kind).options(name=name, scheduling_strategy=here, **lasting).remote(*arguments)
+    try:
+        yield name, handle
+    finally:
+        ray.kill(handle)

@@ -75,10 +75,10 @@ def counted_ticks() -> list[list[int]]:
     """Will hold the trials in every tick of each fused engine, once the study has ended."""
     import ray
 
-    from study.tuning import actor
+    from study.tuning import placement
 
     found: list[list[int]] = []
-    original = actor.pool
+    original = placement.pool
 
     @contextmanager
     def counted(*arguments: Any) -> Iterator[str]:
@@ -86,7 +86,7 @@ def counted_ticks() -> list[list[int]]:
             yield name
             found.extend(ray.get(ray.get_actor(name).occupancy.remote()))
 
-    actor.pool = counted
+    placement.pool = counted
     return found
 
 

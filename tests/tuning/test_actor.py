@@ -27,7 +27,7 @@ from study.spec import StudySpec
 from study.tracking.outbox import Outbox
 from study.training.data import load_data
 from study.trial import DataSpec, TrialSpec
-from study.tuning import actor
+from study.tuning import actor, placement
 from study.tuning.actor import EngineActor
 from study.tuning.choice import Choice
 from study.tuning.driver import StudyResult, run
@@ -519,7 +519,7 @@ def test_a_fused_study_is_told_and_remembered_as_a_solo_one_is(undisturbed: tupl
 
 def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials that are far shorter than the start of a process, too: in its middle, engines train as many at once as they have slots."""
-    monkeypatch.setattr(actor, "pool", actor.pool)
+    monkeypatch.setattr(placement, "pool", placement.pool)
     ticks = counted_ticks()
     trial = {**TRIAL, "data": {"batch_size": 16}}
     studied = spec("halved", trial=trial, trials=16, stopping={"scheduler": "asha", "grace": 1, "reduction": 2}, **FUSED)
@@ -536,7 +536,7 @@ def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path, monkey
 DEADLY = """
 import os, signal
 from pathlib import Path
-from study.tuning import actor
+from study.tuning import actor, placement
 
 HERE = Path(__file__).parent
 
@@ -568,7 +568,7 @@ def test_an_engine_that_dies_is_replaced_and_nobody_notices(users_code: Path, ho
 
 COUNTING = """
 from pathlib import Path
-from study.tuning import actor
+from study.tuning import actor, placement
 
 actor.SNAPSHOT_SHARE = float("inf")
 
