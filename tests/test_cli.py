@@ -677,6 +677,15 @@ def test_an_interrupted_study_says_how_to_go_on(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "gains: the study was interrupted; go on with: study run 'my spec.yaml'\n"
 
 
+def test_ctrl_c_before_a_study_has_begun_says_how_to_go_on(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(spec: StudySpec, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("study.tuning.driver.run", run)
+    assert main(["resume", "gains", "--home", str(home)]) == 130
+    assert capsys.readouterr().err.strip() == f"study: interrupted; go on with: study resume gains --home {home}"
+
+
 def test_a_missing_library_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
     assert _report(ModuleNotFoundError("No module named 'ray'", name="ray"), False, ["run"]) == 2
     assert "pip install 'effective-lr-study[service]'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ answers go to stdout, everything else to stderr; with --json the answer is one J
 exit codes: 0 fine, 1 no usable result (or a claim refuted, where `verify` is strict), 2 wrong input, 130 interrupted
 """
 
+import functools
 import shlex
 import sys
 import traceback
@@ -57,8 +58,22 @@ COMMANDS: Mapping[str, Callable[..., None]] = {
 }
 """Every command, in the order in which `study --help` lists them."""
 
+
+def _abortable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, of which Ctrl-C makes an Abort: typer (0.29) would end it with 130 and without a word."""
+
+    @functools.wraps(command)
+    def ended(*given: Any, **named: Any) -> None:
+        try:
+            command(*given, **named)
+        except KeyboardInterrupt:
+            raise typer.Abort from None
+
+    return ended
+
+
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(_abortable(command))
 
 WrongUsage: Any = typer.BadParameter.__mro__[2]
 """What typer raises for a command line that it cannot read; it has no public name of its own."""
