@@ -491,6 +491,22 @@ def test_a_claim_that_cannot_be_tested_is_wrong_input(claimed: Path, capsys: pyt
     assert "no table of trials yet; finish it with `study run`" in refused(capsys, "verify", "gains", "--home", claimed)
 
 
+def test_a_damaged_table_of_trials_is_told_and_can_be_written_again(claimed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from study.tuning.driver import read
+
+    folder = StudyFolder(claimed / "gains")
+    folder.table.write_text("PAR1")
+    told = refused(capsys, "verify", "gains", "--home", claimed)
+    assert f"{folder.table}: cannot be read as the study's table of trials (" in told
+    assert "); remove it: `study run` writes it again from the study's ledger" in told
+    with pytest.raises(errors.HomeError, match="cannot be read as the study's table"):
+        read(folder, folder.load_spec(), "")
+    folder.table.unlink()
+    unclaimed = folder.load_spec().model_copy(update={"claims": ()})
+    assert list(read(folder, unclaimed, "").trials["trial_id"]) == [f"gains-{number:04d}" for number in range(5)]
+    assert folder.table.exists()
+
+
 @pytest.mark.parametrize("to", ["yaml", "json"])
 def test_an_export_reads_back_as_the_best(to: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported = tmp_path / f"exported.{to}"

@@ -91,12 +91,11 @@ def _verdicts(claims: Sequence[ClaimSpec], table: Path) -> dict[str, Any]:
     """The document of the verdicts; without claims nothing needs to be read."""
     if not claims:
         return {"claims": [], "tested": 0}
-    import pandas as pd
-
     from study.results.claims import verdicts_document
     from study.results.claims import verify as verdicts_on
+    from study.results.table import read_table
 
-    return verdicts_document(verdicts_on(claims, pd.read_parquet(table)))
+    return verdicts_document(verdicts_on(claims, read_table(table)))
 
 
 def export_best(

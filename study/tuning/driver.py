@@ -25,7 +25,7 @@ from study.measurement import Ending, Outcome, TrialRecord
 from study.results.best import BestConfig, ObjectiveResult
 from study.results.pictures import draw
 from study.results.ranking import recommended
-from study.results.table import trial_table
+from study.results.table import read_table, trial_table
 from study.space import Assignment
 from study.spec import StudySpec
 from study.tracking.names import masked
@@ -323,12 +323,12 @@ def _report(folder: StudyFolder, spec: StudySpec, table: "pd.DataFrame", state: 
 
 def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult:
     """The result of a study that has ended; its claims are tested anew, as they may have changed since."""
-    import pandas as pd
-
     from study.results.best import read_best
 
     best = read_best(folder.best) if folder.best.exists() else None
-    table = pd.read_parquet(folder.table)
+    if not folder.table.exists():
+        trial_table(Outbox(folder.path).records()).to_parquet(folder.table)
+    table = read_table(folder.table)
     before = folder.claims.read_text("utf-8") if folder.claims.exists() else ""
     verdicts = _verify(folder, spec, table)
     if (spec.claims or before) and folder.claims.read_text("utf-8") != before:
