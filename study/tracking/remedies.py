@@ -7,6 +7,7 @@ import errno
 import sqlite3
 
 AGAIN = "then start the study again: nothing that was measured before is lost"
+DAMAGED = "put back a copy of the study's folder; without one, `study delete` it and run it anew"
 
 _FULL = f"free some space there, {AGAIN}"
 _QUOTA = f"free some of your quota there, or have it raised, {AGAIN}"
@@ -15,7 +16,6 @@ _BROKEN = f"free some space there if it is full; else see in the system's log wh
 _LARGE = f"let files grow larger (`ulimit -f`), {AGAIN}"
 _LOCKED = f"end the other process that holds the file, such as a database viewer or a backup (`fuser FILE` names it), {AGAIN}"
 _UNOPENED = "see that the folder is there and that you may read and write in it, and that processes may open more files (`ulimit -n`)"
-_DAMAGED = "put back a copy of the study's folder; without one, `study delete` it and run it anew"
 
 _SYSTEM = {errno.ENOSPC: _FULL, errno.EDQUOT: _QUOTA, errno.EFBIG: _LARGE, errno.EROFS: _READ_ONLY, errno.EIO: _BROKEN}
 
@@ -27,8 +27,8 @@ _SQLITE = {
     sqlite3.SQLITE_BUSY: _LOCKED,
     sqlite3.SQLITE_LOCKED: _LOCKED,
     sqlite3.SQLITE_CANTOPEN: _UNOPENED,
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_CORRUPT: DAMAGED,
+    sqlite3.SQLITE_NOTADB: DAMAGED,
 }
 
 

@@ -19,8 +19,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from study.errors import HomeError
 from study.space import Assignment, Axis, arm_label
 from study.spec import StudySpec
+from study.tracking.remedies import DAMAGED
 from study.tuning.points import combinations, exists, grid, index_of, key_of, parents_first, seed_of, snapped
 
 FROM = "from"
@@ -46,13 +48,20 @@ class JournalFile(JournalFileBackend):
         super().__init__(str(path), self._mutex)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The lines from a number on. Optuna asks for them before everything it does: a file that has not grown is not opened."""
+        """The lines from a number on. Optuna asks for them before everything it does: a file that has not grown is not opened.
+
+        Raises:
+            HomeError: if a line is damaged.
+        """
         number, size = log_number_from, self._path.stat().st_size
         if (number, size) == self._seen:
             return
-        for line in super().read_logs(log_number_from):
-            number += 1
-            yield line
+        try:
+            for line in super().read_logs(log_number_from):
+                number += 1
+                yield line
+        except ValueError as error:
+            raise HomeError(f"the study's journal is damaged ({error})", where=f"{self._path}:{number + 1}", remedy=DAMAGED) from error
         # The size before reading: what was appended meanwhile is looked for the next time.
         self._seen = (number, size)
 

@@ -12,8 +12,10 @@ import logging
 from os import SEEK_END
 from pathlib import Path
 
+from study.errors import HomeError
 from study.measurement import Ending, Outcome
-from study.tracking.outbox import Outbox
+from study.tracking.outbox import FILE, Outbox
+from study.tracking.remedies import DAMAGED
 from study.tuning.callbacks import history_of, settle
 from study.tuning.exploiting import forget_saved
 from study.tuning.search import Search
@@ -21,6 +23,8 @@ from study.tuning.trial_files import snapshot_path
 
 LONGEST_LINE = 1_000_000
 """Bytes within which the journal's last line begins; lines have hundreds."""
+
+JOURNAL = "journal.log"
 
 DRAFTS = ("snapshot.*.tmp", "saved-*.*.tmp")
 """Files of a trial that an engine was writing when it died."""
@@ -48,9 +52,17 @@ def repair(journal: Path) -> None:
 
 
 def reconcile(search: Search, outbox: Outbox, folder: Path) -> None:
-    """Lets journal and ledger agree on which trials have ended, and how; afterwards both know the same running ones."""
-    running = set(outbox.orphans())
-    for trial_id, (ending, value) in search.told().items():
+    """Lets journal and ledger agree on which trials have ended, and how; afterwards both know the same running ones.
+
+    Raises:
+        HomeError: if one of them was lost.
+    """
+    running, told, entries = set(outbox.orphans()), search.told(), outbox.entries()
+    if told and not entries:
+        raise HomeError(f"is empty, and {JOURNAL} has trials that ended", where=str(outbox.folder / FILE), remedy=DAMAGED)
+    if entries and not told and not search.running():
+        raise HomeError(f"is empty, and {FILE} has trials", where=str(outbox.folder / JOURNAL), remedy=DAMAGED)
+    for trial_id, (ending, value) in told.items():
         if trial_id in running:
             settle(outbox, folder, trial_id, ending, value)
     records = {record.trial_id: record for record in outbox.records()}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from study.errors import HomeError
 from study.measurement import Ending, Measurement, Outcome
 from study.tracking.outbox import Outbox
 from study.tuning.exploiting import saved_path
@@ -45,6 +46,13 @@ class TestAJournal:
         repair(tmp_path / "journal.log")
         assert not (tmp_path / "journal.log").exists()
 
+    def test_with_a_damaged_line_says_which(self, tmp_path: Path) -> None:
+        searched(tmp_path)
+        lines = (tmp_path / "journal.log").read_bytes().splitlines(keepends=True)
+        (tmp_path / "journal.log").write_bytes(b"".join([*lines[:1], b"garbage\n", *lines[2:]]))
+        with pytest.raises(HomeError, match=r"journal\.log:2: the study's journal is damaged \(.*\); put back a copy of the study's folder"):
+            Search(spec(trials=3), tmp_path / "journal.log")
+
 
 class TestAgreement:
     def test_what_ended_in_the_journal_ends_in_the_ledger(self, tmp_path: Path) -> None:
@@ -64,6 +72,16 @@ class TestAgreement:
         (told,) = journal(tmp_path / "journal.log")
         assert (told.state, told.intermediate_values) == (TrialState.PRUNED, {1: 0.25})
         assert [proposal.trial_id for proposal in again.running()] == ["bridge-0001", "bridge-0002"]
+
+    @pytest.mark.parametrize(("lost", "other"), [("outbox.sqlite", "journal.log"), ("journal.log", "outbox.sqlite")])
+    def test_without_one_of_the_two_is_told(self, lost: str, other: str, tmp_path: Path) -> None:
+        search, outbox = searched(tmp_path)
+        search.tell("bridge-0000", Ending(Outcome.COMPLETED), 0.5)
+        outbox.close()
+        for file in tmp_path.glob(f"{lost}*"):
+            file.unlink()
+        with pytest.raises(HomeError, match=rf"{lost}: is empty, and {other} has trials.*; put back a copy"):
+            reconcile(Search(spec(trials=3), tmp_path / "journal.log"), Outbox(tmp_path), tmp_path)
 
     def test_snapshots_stay_where_a_trial_goes_on_and_nowhere_else(self, tmp_path: Path) -> None:
         search, outbox = searched(tmp_path)
