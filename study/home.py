@@ -26,7 +26,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from study.document import write_whole
-from study.errors import HomeError, NameTaken, NotFound, NotRunning
+from study.errors import HomeError, NameTaken, NotFound, NotRunning, SpecError
 from study.problems import in_words
 from study.processes import Process
 from study.space import Frozen
@@ -34,6 +34,9 @@ from study.spec import StudySpec, load_spec
 
 POLL = 0.2
 """Seconds between looks at a study that is to end."""
+
+NAMED = 5
+"""How many differences from the study that has a name are listed."""
 
 State = Literal["running", "finished", "interrupted", "failed"]
 
@@ -106,7 +109,7 @@ class StudyFolder:
 
     @classmethod
     def prepare(cls, home: Path, spec: StudySpec) -> "StudyFolder":
-        """The folder of a spec, made on its first start.
+        """The folder of a spec, made on its first start; a study that never got as far as its first trial gives its name to another.
 
         Raises:
             HomeError: if the home cannot be written, or the card of an earlier start is damaged.
@@ -125,14 +128,31 @@ class StudyFolder:
                 f"the study home cannot be written ({error.strerror})", where=str(home), remedy="choose another with --home or $STUDY_HOME"
             ) from None
         if folder.card().spec_hash != spec.spec_hash():
-            raise NameTaken(
-                f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping (got {spec.name!r})",
-                where=str(folder.path),
-                remedy="give the changed study another name, or delete the folder of the old one",
-            )
+            if folder._has_begun() or folder.is_running():
+                raise folder._taken(spec)
+            folder.update(spec_hash=spec.spec_hash())
+            folder.remember(spec)
         if not folder.spec.exists():
             folder.remember(spec)
         return folder
+
+    def _has_begun(self) -> bool:
+        """Whether a start got as far as MLflow; one that fails before, as by data that do not fit, leaves nothing to be kept."""
+        card = self.card()
+        return bool(card.run_id or card.started or self.journal.exists()) or card.state != "interrupted"
+
+    def _taken(self, spec: StudySpec) -> NameTaken:
+        """The error that says what is different in the study that has the name of the spec."""
+        try:
+            paths = self.load_spec().differences(spec)
+        except (NotFound, SpecError):
+            paths = []
+        differs = f", which differs in {', '.join(paths[:NAMED])}{' and more' * (len(paths) > NAMED)}" if paths else ""
+        return NameTaken(
+            f"this name belongs to a study of another trial, space, sampler, seed, objective or stopping (got {self.path.name!r}{differs})",
+            where=str(self.path),
+            remedy=f"give the changed study another name, or remove the old one: study delete {self.path.name}",
+        )
 
     def remember(self, spec: StudySpec) -> None:
         """Keeps the spec of the latest start."""

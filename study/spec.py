@@ -22,7 +22,7 @@ from study.optimizer import PRODUCT
 from study.problems import Lines, Model, validated
 from study.space import Assignment, Axis, Count, Frozen, NonNegative, Real, Seed, arms, not_a_boolean, word
 from study.stoppingspec import StoppingSpec, population_problems
-from study.trial import TrialSpec
+from study.trial import TrialSpec, flatten
 
 MAX_COMBINATIONS = 1_000
 """How many trials are tried out when a space is checked."""
@@ -233,9 +233,17 @@ class StudySpec(Frozen):
 
     def spec_hash(self) -> str:
         """SHA-256 over everything that decides what the trials are; changes elsewhere are allowed on resume."""
-        whole = self.model_dump(mode="json", include={"space": True, "search": {"sampler", "seed"}, "objective": True})
-        text = json.dumps({**whole, "stopping": self.stopping.hashed(), "trial": self.trial.canonical()}, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self._hashed(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def differences(self, other: "StudySpec") -> list[str]:
+        """The dotted paths by which the spec hashes of two studies differ."""
+        ours, theirs = flatten(self._hashed()), flatten(other._hashed())
+        return [path for path in {**ours, **theirs} if ours.get(path) != theirs.get(path)]
+
+    def _hashed(self) -> dict[str, Any]:
+        whole = self.model_dump(mode="json", include={"space": True, "search": {"sampler", "seed"}, "objective": True})
+        return {**whole, "stopping": self.stopping.hashed(), "trial": self.trial.canonical()}
 
     def to_yaml(self) -> str:
         """The spec with every default filled in, as YAML that loads back to an equal spec."""

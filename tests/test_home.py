@@ -86,13 +86,30 @@ def test_a_later_start_keeps_the_identity_and_takes_the_spec_that_is_new(tmp_pat
 
 def test_a_name_that_belongs_to_another_study_is_refused(tmp_path: Path) -> None:
     folder = StudyFolder.prepare(tmp_path, spec())
+    folder.update(run_id="0" * 32, state="running")
     with pytest.raises(NameTaken) as caught:
-        StudyFolder.prepare(tmp_path, spec(trial={"seed": 1}))
+        StudyFolder.prepare(tmp_path, spec(trial={"seed": 1, "data": {"label_noise": 0.1}}, search={"trials": 12}))
     assert str(caught.value) == (
-        f"{tmp_path}/tiny: this name belongs to a study of another trial, space, sampler, seed, objective or stopping (got 'tiny'); "
-        "give the changed study another name, or delete the folder of the old one"
+        f"{tmp_path}/tiny: this name belongs to a study of another trial, space, sampler, seed, objective or stopping "
+        "(got 'tiny', which differs in trial.seed, trial.data.label_noise); "
+        "give the changed study another name, or remove the old one: study delete tiny"
     )
     assert folder.load_spec() == spec()
+    folder.spec.write_text("name: [")
+    with pytest.raises(NameTaken, match=r"\(got 'tiny'\)"):
+        StudyFolder.prepare(tmp_path, spec(trial={"seed": 1}))
+
+
+def test_a_study_that_never_began_gives_its_name_to_a_corrected_spec(tmp_path: Path) -> None:
+    StudyFolder.prepare(tmp_path, spec())
+    corrected = spec(trial={"seed": 1})
+    folder = StudyFolder.prepare(tmp_path, corrected)
+    assert (folder.card().spec_hash, folder.load_spec()) == (corrected.spec_hash(), corrected)
+
+
+def test_a_study_that_another_process_is_about_to_begin_keeps_its_name(tmp_path: Path) -> None:
+    with another_process(StudyFolder.prepare(tmp_path, spec())), pytest.raises(NameTaken):
+        StudyFolder.prepare(tmp_path, spec(trial={"seed": 1}))
 
 
 @pytest.mark.parametrize("below", ["file", "file/deep"])

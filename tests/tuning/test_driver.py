@@ -280,7 +280,7 @@ class TestNothingStarts:
         self.nothing_started(home, "down")
 
     def test_when_the_name_belongs_to_another_study(self, home: Path) -> None:
-        StudyFolder.prepare(home, spec("taken"))
+        StudyFolder.prepare(home, spec("taken")).update(run_id="0" * 32, state="running")
         with pytest.raises(NameTaken, match=r"another trial, space.*'taken'.*another name"):
             run(spec("taken", trial={**TRIAL, "seed": 7}), home=home)
         self.nothing_started(home, "taken")
@@ -295,6 +295,7 @@ class TestNothingStarts:
         with pytest.raises(DataError, match="batch"):
             run(spec("few", trial={**TRIAL, "data": {"train_size": 10}}), home=home)
         self.nothing_started(home, "few")
+        assert StudyFolder.prepare(home, spec("few")).card().spec_hash == spec("few").spec_hash(), "the name is free for a corrected spec"
 
     def test_when_an_import_fails(self, home: Path) -> None:
         with pytest.raises(ImportFailed, match="no_such_package"):
