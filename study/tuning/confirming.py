@@ -14,6 +14,7 @@ from study.tracking.outbox import Outbox
 from study.tuning.choice import solo_engine
 from study.tuning.choosing import choose
 from study.tuning.driver import StudyResult, Watch, read, recorded
+from study.tuning.preflight import check_room
 from study.tuning.replicating import train_confirmations
 from study.tuning.replication import confirmations, confirmed
 
@@ -49,7 +50,7 @@ def confirm(name: str, seeds: int, *, home: str | Path | None = None, tracking_u
 
     Raises:
         NotFound: if there is no such study.
-        InputError: if it has not finished, or its trials were mutated as they trained.
+        InputError: if it has not finished, its trials were mutated as they trained, or this machine has less than a trial reserves.
         Interrupted: after Ctrl-C; the same call goes on.
     """
     folder, base = _finished(name, home), home_path(home)
@@ -57,6 +58,7 @@ def confirm(name: str, seeds: int, *, home: str | Path | None = None, tracking_u
     with folder.running():
         if folder.card().state == "finished" and not confirmations(spec, Outbox(folder.path).records(), seeds):
             return read(folder, spec, store)
+        check_room(spec.resources)
         plain = solo_engine("a best trial is confirmed by the plain engine")
 
         def work(interrupt: threading.Event) -> str:

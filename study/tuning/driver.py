@@ -38,7 +38,7 @@ from study.tuning.earlier import Earlier, earlier_trials
 from study.tuning.exploiting import mutations
 from study.tuning.hosting import tune_study
 from study.tuning.points import planned, wished
-from study.tuning.preflight import audit
+from study.tuning.preflight import audit, check_room
 from study.tuning.replicating import train_replicates
 from study.tuning.replication import wanted
 from study.tuning.starting import on_ray
@@ -97,6 +97,7 @@ def run(
             return read(folder, spec, tracking_uri_for(base, tracking_uri))
         for warning in audit(spec).warnings:
             log.warning("warning: %s", warning)
+        check_room(spec.resources)
         with on_ray() as wait:
             choice = choose(spec, base, wait)
             log.warning("engine: %s, as %s", choice.engine, choice.why)

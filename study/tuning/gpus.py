@@ -15,7 +15,6 @@ from study.spec import ResourcesSpec, StudySpec
 from study.trial import TrialSpec
 from study.tuning import hosting
 from study.tuning.choice import LEAST_GAIN, MEMORY_SHARE, PROXY_BYTES, Choice, Measurements, solo_engine, typical
-from study.tuning.starting import check_room
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,6 @@ def _found(spec: StudySpec, home: Path, wait: Callable[[], None] | None) -> Admi
     known = kept.read()
     if wait is not None:
         wait()
-        check_room({"gpu": spec.resources.gpus_per_trial})
         if known is None or not _kinds() <= {known["kind"]}:
             log.warning("measuring on a GPU how many trials one step should train")
             known = _on_a_gpu(trial, spec.resources, hosting.device_of(spec.resources))

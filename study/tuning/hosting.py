@@ -20,7 +20,7 @@ from study.spec import ResourcesSpec, StudySpec
 from study.tracking.outbox import RUNNING, Outbox
 from study.trial import TrialSpec
 from study.tuning.choice import Choice
-from study.tuning.starting import check_room, inherited, on_ray, quiet_hosts
+from study.tuning.starting import inherited, on_ray, quiet_hosts
 from study.tuning.status import meter_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,6 @@ def tune_trials(
     stopper, lives = _stopper(meter, interrupt, failures), spec.resources.max_failures
     with named(str(folder)), ExitStack() as stack:
         stack.enter_context(on_ray())()
-        check_room({"cpu": spec.resources.cpus_per_trial, "gpu": spec.resources.gpus_per_trial})
         trainable, share, processes = stack.enter_context(_trained_by(choice, spec, settings, at_once))
         stack.enter_context(_starting(processes))
         tune.run(

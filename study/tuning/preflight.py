@@ -1,14 +1,17 @@
 """Preflight: builds the trial once before anything starts, so that what cannot work is said at once; the audit of `study plan`."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from study.errors import InputError
 from study.results.export_plan import ModelPlan, PlanRow
 from study.space import arm_label
-from study.spec import StudySpec
+from study.spec import ResourcesSpec, StudySpec
 from study.training.compare import Comparison, compare
 from study.training.data import Data, load_data
 from study.training.decay import Planned, absent_places, decay_plan, plan_hash
@@ -18,6 +21,7 @@ from study.training.plans import roles_on
 from study.training.roles import ParameterRole, Role
 from study.trial import TrialSpec
 from study.tuning.points import size_warnings
+from study.tuning.starting import is_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,26 @@ def audit(spec: StudySpec, libraries: Iterable[str] | None = ()) -> Audit:
         compare(model, plan, trial.optimizer.weight_decay, libraries),
         tuple(_warnings(spec, roles, steps)),
     )
+
+
+def check_room(resources: ResourcesSpec) -> None:
+    """Checks that this machine has what a trial reserves, for which Ray would wait for ever; a cluster may get it yet.
+
+    Raises:
+        InputError: if it has less.
+    """
+    if not is_alone():
+        return
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if resources.engine != "fused" and resources.cpus_per_trial > cores:
+        message = f"a trial asks for more cores than the {cores} of this machine (got {resources.cpus_per_trial})"
+        raise InputError(
+            message, where="resources.cpus_per_trial", remedy=f"use at most {cores}, or run it on a cluster: RAY_ADDRESS, `study submit`"
+        )
+    if resources.gpus_per_trial and max(1.0, resources.gpus_per_trial) > gpus:
+        message = f"a trial asks for a GPU, of which PyTorch sees {gpus} on this machine (got {resources.gpus_per_trial:g})"
+        remedy = "set it to 0 to train on the CPU, or run it on a cluster: RAY_ADDRESS, `study submit`; `study doctor` looks for GPUs"
+        raise InputError(message, where="resources.gpus_per_trial", remedy=remedy)
 
 
 def model_plan(trial: TrialSpec) -> ModelPlan:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from study.errors import ClusterLost, InputError
+from study.errors import ClusterLost
 
 WORKERS = {
     "OMP_NUM_THREADS": "1",
@@ -102,6 +102,13 @@ class _Start:
         self._thread.join()
 
 
+def is_alone() -> bool:
+    """Whether a study would start a Ray of its own, on this machine only, rather than run on one that is there."""
+    import ray
+
+    return not (os.environ.get("RAY_ADDRESS") or _Start.under_way or ray.is_initialized())
+
+
 @contextmanager
 def on_ray() -> Iterator[Callable[[], None]]:
     """A Ray for the block, which starts while the block goes on; what is yielded waits until it is up.
@@ -123,24 +130,6 @@ def on_ray() -> Iterator[Callable[[], None]]:
         finally:
             _Start.under_way = None
             start.end()
-
-
-def check_room(share: Mapping[str, float]) -> None:
-    """Makes sure that what a trial reserves, by `cpu` and `gpu`, is there at all: on a Ray of our own nothing will be added.
-
-    Raises:
-        InputError: if it is not.
-    """
-    import ray
-
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    here = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for name, each in share.items():
-        if each > (there := here.get(name.upper(), 0.0)):
-            kind = "GPUs" if name == "gpu" else "cores"
-            remedy = f"use at most {there:g}, or name a cluster that has more in RAY_ADDRESS" if there else "use 0, or name a cluster in RAY_ADDRESS"
-            raise InputError(f"asks for {each:g} {kind}, and Ray sees {there:g} on this machine", where=f"resources.{name}s_per_trial", remedy=remedy)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from study.tuning import gpus, hosting
 from study.tuning.choice import Choice
 from study.tuning.choosing import choose
 from study.tuning.hosting import share_of_a_proxy
-from study.tuning.starting import check_room
 
 LR: dict[str, Any] = {"optimizer.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
 KIND = f"{gpus.KIND}H200"
@@ -45,7 +44,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(gpus, "_on_a_gpu", gpu)
     monkeypatch.setattr(gpus, "_kinds", lambda: gpu.kinds)
     monkeypatch.setattr(gpus, "_gpus", lambda: gpu.count)
-    monkeypatch.setattr(gpus, "check_room", lambda share: None)
     return gpu
 
 
@@ -135,17 +133,6 @@ def test_what_a_trial_raises_there_is_raised_here(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(hosting, "device_of", lambda resources: "cpu")
     with pytest.raises(InputError, match="Nothing"):
         choose(spec(model="import:tests.engines.strange:Nothing", engine="fused", slots=3), tmp_path, up)
-
-
-@pytest.mark.usefixtures("a_ray")
-def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_room({"cpu": 2, "gpu": 1})
-    with pytest.raises(InputError, match=r"resources.gpus_per_trial.*asks for 2 GPUs, and Ray sees 1 on this machine"):
-        check_room({"cpu": 1, "gpu": 2})
-    with pytest.raises(InputError, match=r"asks for 16 cores.*use at most 2"):
-        check_room({"cpu": 16})
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    check_room({"gpu": 2})  # nodes may come
 
 
 def test_rows_are_taken_as_long_as_they_pay_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
