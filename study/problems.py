@@ -50,8 +50,20 @@ def validated(
         problems = [*_from_pydantic(error, tree, model), *beyond(tree)]
     except SpecError as error:
         problems = list(error.problems)
-    located = [_located(problem, source, lines or {}) for problem in dict.fromkeys(problems)]
-    raise SpecError([problem for _, problem in sorted(located, key=lambda pair: pair[0])])
+    by_line = [located(problem, source, lines or {}) for problem in dict.fromkeys(problems)]
+    raise SpecError([problem for _, problem in sorted(by_line, key=lambda pair: pair[0])])
+
+
+def located(problem: Problem, source: str, lines: Lines) -> tuple[int, Problem]:
+    """The problem, whose place is keys joined by `/`, with its dotted path and, where it comes from a file, its line: that of the nearest key."""
+    keys = tuple(problem.where.split("/")) if problem.where else ()
+    line = next((lines[keys[:depth]] for depth in range(len(keys), 0, -1) if keys[:depth] in lines), 1)
+    where = ".".join(keys)
+    if line == OVERRIDDEN:
+        where = f"--set {where}"
+    elif source:
+        where = f"{source}:{line}: {where}".removesuffix(": ")
+    return line, replace(problem, where=where)
 
 
 def in_words(details: ErrorDetails) -> tuple[str, str]:
@@ -136,15 +148,3 @@ def _siblings(keys: Sequence[str], root: type[BaseModel]) -> list[str]:
             model = members[0] if members else model
             model = getattr(getattr(model, "model_fields", {}).get(key), "annotation", None)
     return list(getattr(model, "model_fields", {}))
-
-
-def _located(problem: Problem, source: str, lines: Lines) -> tuple[int, Problem]:
-    """The problem with its dotted path and, where it comes from a file, its line; the line is that of the nearest key that has one."""
-    keys = tuple(problem.where.split("/")) if problem.where else ()
-    line = next((lines[keys[:depth]] for depth in range(len(keys), 0, -1) if keys[:depth] in lines), 1)
-    where = ".".join(keys)
-    if line == OVERRIDDEN:
-        where = f"--set {where}"
-    elif source:
-        where = f"{source}:{line}: {where}".removesuffix(": ")
-    return line, replace(problem, where=where)

@@ -681,6 +681,30 @@ def test_a_name_that_belongs_to_another_study_is_refused(spec_file: Path, home: 
     assert (error["kind"], error["where"]) == ("name-taken", str(home / "gains"))
 
 
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("line", "place", "says"),
+    [
+        ("  data: {train_size: 20, batch_size: 64}", "5: trial.data.batch_size", "is larger than all 20 training images (got 64)"),
+        ("  data: {name: npz, path: no.npz}", "5: trial.data.path", "no.npz: cannot be read as an npz archive"),
+        ("  data: {name: 'import:no.such:digits'}", "5: trial.data.name", "import:no.such:digits: there is no module 'no'"),
+        ("  optimizer: {gamma: down}", "10: space.optimizer.gamma", "the model has no gain at down"),
+    ],
+)
+def test_what_only_data_and_model_show_to_be_wrong_is_told_with_its_line(
+    command: str, line: str, place: str, says: str, spec_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = spec_file.read_text().replace("  schedule:", f"{line}\n  schedule:")
+    spec_file.write_text(text.replace("[none, all]", "[none, down]") if "gamma" in place else text)
+    assert main([command, str(spec_file), "--home", str(spec_file.parent / "studies")]) == 2
+    assert f"{spec_file}:{place}: {says}" in capsys.readouterr().err
+
+
+def test_what_only_data_show_to_be_wrong_with_an_override_names_it(spec_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(capsys, "plan", spec_file, "--set", "trial.data.batch_size=9999")
+    assert told.startswith("--set trial.data.batch_size: is larger than all ")
+
+
 def test_an_unexpected_error_is_one_line_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     assert _report(ZeroDivisionError("division by zero"), False, ["list"]) == 1
     out, err = capsys.readouterr()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from study import errors, views
+from study.spec import StudySpec, pointed
 
 
 def answer(as_json: bool, document: object, *shown: RenderableType) -> None:
@@ -30,6 +31,17 @@ def writing(file: Path, option: str) -> Iterator[None]:
     except OSError as error:
         raise errors.HomeError(f"cannot be written ({error.strerror})", where=str(file), remedy=f"choose another with {option}") from None
     print(f"written to {file}", file=sys.stderr)
+
+
+@contextmanager
+def at_its_line(spec: StudySpec, file: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Says where in the file of a spec stands what turns out to be wrong only once data and model are there."""
+    try:
+        yield
+    except errors.InputError as error:
+        if isinstance(error, errors.DataError | errors.ImportFailed | errors.ModelError) or type(error) is errors.InputError:
+            raise errors.SpecError(pointed(error.problems, spec, file, overrides)) from error
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from study import errors, views
-from study.cli.answers import answer, prints_on_stderr
+from study.cli.answers import answer, at_its_line, prints_on_stderr
 from study.cli.arguments import Home, Json, Name, Sets, SpecFile, TrackingUri
 from study.display import Watcher
 from study.home import StudyFolder, home_path
@@ -32,7 +32,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with one that was interrupted. Ctrl-C once stops it cleanly."""
-    _run(load_spec(spec_file, overrides or ()), home, tracking_uri, as_json, enqueue or ())
+    spec = load_spec(spec_file, overrides or ())
+    with at_its_line(spec, spec_file, overrides or ()):
+        _run(spec, home, tracking_uri, as_json, enqueue or ())
 
 
 def resume(name: Name, home: Home = None, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from study import views
-from study.cli.answers import answer, prints_on_stderr
+from study.cli.answers import answer, at_its_line, prints_on_stderr
 from study.cli.arguments import Home, Json, Sets, SpecFile
 from study.home import home_path
 from study.space import arm_label
@@ -63,7 +63,7 @@ def plan(spec_file: SpecFile, overrides: Sets = None, compare: Compare = "", hom
     """Dry run: trials, arms, steps, the engine with its measured gain, and what decay does to each parameter."""
     spec = load_spec(spec_file, overrides or ())
     libraries = [word.strip() for word in compare.split(",") if word.strip()]
-    with prints_on_stderr():
+    with prints_on_stderr(), at_its_line(spec, spec_file, overrides or ()):
         from study.tuning.choosing import choose, pilot_seconds
         from study.tuning.forecast import forecast
         from study.tuning.preflight import audit
