@@ -5,7 +5,6 @@ model.width       whole numbers only       optimizer.gamma  `last+inner` is stor
 """
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from study.errors import Problem
-from study.problems import in_words, shown
+from study.problems import in_words, nearest, shown
 from study.space import Axis, Scalar
 from study.trial import TrialSpec
 
@@ -113,13 +112,24 @@ def _accepts_only_whole_numbers(annotation: Any) -> bool:
     return annotation is int or (len(members) == 1 and _accepts_only_whole_numbers(members[0]))
 
 
+def _nearest_field(path: str) -> str | None:
+    """The field that an unknown path is probably meant to be: the one that it names from elsewhere, else one of the section that it names."""
+    same = [field for field in all_fields() if f".{field}".endswith(f".{path}") or path == f"trial.{field}"]
+    if same:
+        return same[0]
+    section, dot, name = path.rpartition(".")
+    beside = [field.rpartition(".")[2] for field in all_fields() if field.rpartition(".")[0] == section]
+    near = nearest(name, beside)
+    return f"{section}{dot}{near}" if near else nearest(path, all_fields())
+
+
 def _axis_problems(path: str, at: str, axis: Axis) -> Iterator[Problem]:
     """What is wrong between an axis and a field that takes its values."""
     annotation, where = field_type(path), f"space/{at}"
     if annotation is None:
-        near = get_close_matches(path, all_fields(), n=1)
+        near = _nearest_field(path)
         yield Problem(
-            "no-such-field", f"a trial has no such field (got {path!r})", where, f"did you mean {near[0]!r}?" if near else "see `study schema`"
+            "no-such-field", f"a trial has no such field (got {path!r})", where, f"did you mean {near!r}?" if near else "see `study schema`"
         )
         return
     if hasattr(annotation, "model_fields"):

@@ -17,6 +17,9 @@ from study.space import word
 OVERRIDDEN = 0
 """The line of what a `--set` wrote."""
 
+ELSEWHERE = {"learning_rate": "lr", "wd": "weight_decay", "max_grad_norm": "clip", "betas": "beta1", "type": "rule", "name": "rule"}
+"""What other projects call some fields."""
+
 Model = TypeVar("Model", bound=BaseModel)
 Lines = Mapping[tuple[str, ...], int]
 """The line of every key by its path."""
@@ -66,6 +69,14 @@ def located(problem: Problem, source: str, lines: Lines) -> tuple[int, Problem]:
     return line, replace(problem, where=where)
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one is probably meant to be."""
+    known = list(known)
+    if (meant := ELSEWHERE.get(name)) in known:
+        return meant
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.65)), None)
+
+
 def in_words(details: ErrorDetails) -> tuple[str, str]:
     """What pydantic says of a value, with the value received, and the remedy that a check of our own names after `; `."""
     sentence, _, remedy = _sentence(details).partition("; ")
@@ -113,8 +124,8 @@ def _known_keys(details: ErrorDetails, tree: object) -> list[str]:
 def _problem(details: ErrorDetails, keys: Sequence[str], model: type[BaseModel]) -> Problem:
     where = "/".join(keys)
     if details["type"] == "extra_forbidden":
-        near = get_close_matches(keys[-1], _siblings(keys[:-1], model), n=1, cutoff=0.6)
-        remedy = f"did you mean {near[0]!r}?" if near else "remove it; `study schema` lists the keys"
+        near = nearest(keys[-1], _siblings(keys[:-1], model))
+        remedy = f"did you mean {near!r}?" if near else "remove it; `study schema` lists the keys"
         return Problem("unknown-key", f"unknown key (got {shown(keys[-1])})", where, remedy)
     if details["type"] == "missing" and isinstance(details["loc"][-1], int):
         return Problem("missing", f"has too few values (got {shown(details['input'])})", where, "give all of them")

@@ -51,6 +51,15 @@ def loaded(folder: Path, content: str, sets: Sequence[str] = (), name: str = "s.
 
 
 WRONG = [
+    (tree(extra=1), "extra: unknown key (got 'extra'); remove it; `study schema` lists the keys"),
+    (tree(trial={"optimizer": {"learning_rate": 1}}), "trial.optimizer.learning_rate: unknown key (got 'learning_rate'); did you mean 'lr'?"),
+    (tree(trial={"optimizer": {"name": "sgd"}}), "trial.optimizer.name: unknown key (got 'name'); did you mean 'rule'?"),
+    (
+        tree(space={"optimizer.learning_rate": {"low": 1e-3, "high": 1}}),
+        "space.optimizer.learning_rate: a trial has no such field (got 'optimizer.learning_rate'); did you mean 'optimizer.lr'?",
+    ),
+    (tree(space={"lr": {"low": 1e-3, "high": 1}}), "space.lr: a trial has no such field (got 'lr'); did you mean 'optimizer.lr'?"),
+    (tree(space={"trial.seed": {"choices": [0]}}), "space.trial.seed: a trial has no such field (got 'trial.seed'); did you mean 'seed'?"),
     (tree(nme="x"), "nme: unknown key (got 'nme'); did you mean 'name'?"),
     (tree(trial={"optimizer": {"momentun": 0}}), "trial.optimizer.momentun: unknown key (got 'momentun'); did you mean 'momentum'?"),
     (tree(trial={"zzz": 0}), "trial.zzz: unknown key (got 'zzz'); remove it; `study schema` lists the keys"),
