@@ -204,6 +204,10 @@ def test_a_command_line_that_cannot_be_read_is_wrong_input(arguments: list[str],
     assert json.loads(capsys.readouterr().out)["errors"][0]["kind"] == "usage"
 
 
+def test_an_option_that_takes_certain_words_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "export", "x", "--to", "xml").startswith("study: Invalid value for '--to': 'xml' is not one of 'yaml', 'json', ")
+
+
 def test_a_missing_spec_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, "validate", "none.yaml").startswith("none.yaml: no such file")
 

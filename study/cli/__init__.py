@@ -112,7 +112,8 @@ def _diagnosis(error: Exception, given: Sequence[str]) -> tuple[int, Sequence[er
         case errors.StudyError():
             return error.exit_code, error.problems
         case _ if isinstance(error, WrongUsage):
-            return 2, [errors.Problem("usage", error.format_message().rstrip("."), "study", f"see {_help_of(given)}")]
+            said = error.format_message().rstrip(".").replace("Value error, ", "")
+            return 2, [errors.Problem("usage", said, "study", f"see {_help_of(given)}")]
         case ImportError() if "extra: " in str(error):  # the package's own words for a library that is not there
             message, _, remedy = str(error).partition(": ")
             return 2, [errors.Problem("missing-library", message, remedy=remedy)]

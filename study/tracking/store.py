@@ -256,18 +256,22 @@ def _asking(uri: str) -> Iterator[None]:
         if code is None:
             raise
         if code in PERMANENT:
-            raise Refused(f"the tracking store {masked(uri)} refused ({masked(str(error))})", remedy="see its message") from None
+            raise Refused(f"the tracking store {masked(uri)} refused ({_said(error)})", remedy="see its message") from None
         raise _silence(uri, error) from None
 
 
 def _silence(uri: str, error: Exception) -> TrackingUnavailable:
-    reason = masked(" ".join(str(error).split())) or type(error).__name__
+    reason = _said(error) or type(error).__name__
     if STRANGER in reason:
         name = urlsplit(uri).netloc.rpartition("@")[2]
         remedy = f"start it with --allowed-hosts '{name}' (and every other name with its port by which it is called), or call it by its address"
         return TrackingUnavailable(f"the MLflow server does not let in who calls it {name!r}", where=masked(uri), remedy=remedy)
     busy = sqlite_path(uri) is not None and "locked" in reason
     return TrackingUnavailable(f"the tracking store {masked(uri)} does not answer ({reason})", remedy=BUSY if busy else _remedy(uri))
+
+
+def _said(error: Exception) -> str:
+    return masked(" ".join(str(error).split()))
 
 
 def _remedy(uri: str) -> str:
