@@ -132,7 +132,7 @@ class ResourcesSpec(Frozen):
     cpus_per_trial: Count = 1
     """Cores that a trial reserves; each trial computes on one thread whatever this says."""
     gpus_per_trial: NonNegative = 0.0
-    """Share of a GPU that a trial reserves; 0 trains on the CPU."""
+    """Share of a GPU that a trial reserves, or a whole number of GPUs; 0 trains on the CPU."""
     slots: Literal["auto"] | Annotated[int, BeforeValidator(not_a_boolean), Field(ge=1)] = "auto"
     """How many trials one fused engine trains at once; the solo engine has one slot."""
     gpus_per_engine: EngineShare = "auto"
@@ -140,6 +140,13 @@ class ResourcesSpec(Frozen):
     engine takes `gpus_per_trial`."""
     max_failures: Annotated[int, BeforeValidator(not_a_boolean), Field(ge=0)] = 3
     """How often in a row, without a new epoch in between, a trial may lose its process or node; each time it goes on from its latest snapshot."""
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _share_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("must be a share of one GPU, or a whole number of them; use 0.5 for two trials on each GPU")
+        return gpus
 
     @property
     def engines_per_gpu(self) -> int:

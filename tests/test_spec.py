@@ -60,6 +60,10 @@ WRONG = [
     ),
     (tree(space={"lr": {"low": 1e-3, "high": 1}}), "space.lr: a trial has no such field (got 'lr'); did you mean 'optimizer.lr'?"),
     (tree(space={"trial.seed": {"choices": [0]}}), "space.trial.seed: a trial has no such field (got 'trial.seed'); did you mean 'seed'?"),
+    (
+        tree(resources={"gpus_per_trial": 1.5}),
+        "resources.gpus_per_trial: must be a share of one GPU, or a whole number of them (got 1.5); use 0.5 for two trials on each GPU",
+    ),
     (tree(nme="x"), "nme: unknown key (got 'nme'); did you mean 'name'?"),
     (tree(trial={"optimizer": {"momentun": 0}}), "trial.optimizer.momentun: unknown key (got 'momentun'); did you mean 'momentum'?"),
     (tree(trial={"zzz": 0}), "trial.zzz: unknown key (got 'zzz'); remove it; `study schema` lists the keys"),
