@@ -37,6 +37,9 @@ NAMES = ("data.name", "data.path", "model.name", "loss")
 LEAST_SHARE = 0.01
 """Of a GPU, that an engine may take."""
 
+LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
+"""What pydantic calls limits, in words of JSON Schema."""
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -207,6 +210,12 @@ class StudySpec(Frozen):
             raise SpecError(problems)
         return self
 
+    @classmethod
+    def model_json_schema(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The JSON Schema of a spec; where a validator comes before a limit, pydantic (2.14) itself leaves `gt` there, which no editor knows."""
+        schema: dict[str, Any] = _standard(super().model_json_schema(*arguments, **options))
+        return schema
+
     @property
     def arms(self) -> list[Assignment]:
         """The combinations of scientific values that are compared, in order."""
@@ -260,6 +269,15 @@ class StudySpec(Frozen):
         """The spec with every default filled in, as YAML that loads back to an equal spec."""
         tree = {**self.model_dump(mode="json", exclude_none=True), "trial": self.trial.canonical()}
         return to_yaml(tree)
+
+
+def _standard(schema: Any) -> Any:
+    """A JSON Schema, or a part of one, with its limits in the standard's words."""
+    if isinstance(schema, list):
+        return [_standard(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {LIMITS.get(key, key) if isinstance(part, int | float) else key: _standard(part) for key, part in schema.items()}
 
 
 def load_spec(source: str | Path, overrides: Sequence[str] = ()) -> StudySpec:

@@ -627,6 +627,26 @@ def described(schema: dict[str, Any], definitions: dict[str, Any]) -> st.SearchS
 
 
 SCHEMA = StudySpec.model_json_schema()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"search": {"trials": 0}},
+        {"trial": {"seed": -1}},
+        {"trial": {"optimizer": {"momentum": 1}}},
+        {"trial": {"data": {"label_noise": -0.1}}},
+        {"stopping": {"reduction": 1}},
+        {"resources": {"slots": 0}},
+    ],
+)
+def test_an_editor_sees_what_is_out_of_range(wrong: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    assert jsonschema.Draft202012Validator(SCHEMA).is_valid(tree())
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(tree(**wrong))
+    assert complaints(tree(**wrong))
+
+
 AXES = st.dictionaries(
     st.sampled_from(["optimizer.lr", "optimizer.gamma", "model.width", "optimizer.intrinsic_lr", "model", "data.args.x", "seed.x", ""])
     | st.text(max_size=8),
