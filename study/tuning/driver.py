@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from study.document import write_whole
 from study.errors import AllFail, Interrupted, StudyError, TrackingUnavailable
 from study.home import State, StudyFolder, home_path, tracking_uri_for
 from study.measurement import Ending, Outcome, TrialRecord
@@ -334,7 +335,12 @@ def read(folder: StudyFolder, spec: StudySpec, tracking_uri: str) -> StudyResult
     verdicts = _verify(folder, spec, table)
     if (spec.claims or before) and folder.claims.read_text("utf-8") != before:
         report = _report(folder, spec, table, folder.card().state)
-        add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], verdicts)
+        try:
+            add_to_run(tracking_uri, folder.card().run_id, [folder.claims, folder.spec, *report], verdicts)
+        except TrackingUnavailable:
+            # As they were, so that the next call finds them changed, and tells MLflow.
+            write_whole(folder.claims, before) if before else folder.claims.unlink()
+            raise
     return StudyResult(folder.card().study_id, best, table)
 
 

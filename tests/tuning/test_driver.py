@@ -27,6 +27,7 @@ from study.home import StudyFolder
 from study.space import arm_label
 from study.spec import StudySpec, check
 from study.tracking.outbox import Outbox
+from study.tuning import driver
 from study.tuning.driver import StudyResult, run
 from tests.conftest import own_environment
 
@@ -172,6 +173,22 @@ def test_claims_are_tested_at_the_end_and_later_ones_on_the_same_trials(home: Pa
         assert [name for name in parent.data.tags if name.startswith("study.claim.")] == [f"study.claim.{claim['id']}" for claim in left]
         kept = json.loads(Path(client.download_artifacts(parent.info.run_id, "claims.json", str(home))).read_text())
         assert [claim["id"] for claim in kept["claims"]] == [claim["id"] for claim in left]
+
+
+def test_claims_that_mlflow_could_not_be_told_are_told_by_the_next_call(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = {"id": "late", "says": "It grows.", "slope": {"y": "final/val/error", "x": "optimizer.lr"}, "expect": {"above": 0}}
+    run(spec("told", trials=2, **SERIAL), home=home)
+
+    def away(*told: object) -> None:
+        raise TrackingUnavailable("the tracking store does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "add_to_run", away)
+        with pytest.raises(TrackingUnavailable):
+            run(spec("told", trials=2, claims=[claim], **SERIAL), home=home)
+    run(spec("told", trials=2, claims=[claim], **SERIAL), home=home)
+    parent, _, _ = mlflow_runs(home, "told")
+    assert parent.data.tags["study.claim.late"] == "inconclusive"
 
 
 def values_of(trials: pd.DataFrame) -> dict[str, float]:
