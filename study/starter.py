@@ -3,7 +3,6 @@
 Start(model, data, rule, scientific, ...) ─spec_text─> YAML that is checked ─write_spec─> a new file
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +16,12 @@ from study.trial import IMPORT
 TRIALS_PER_ARM = 12
 """Trials of each arm: enough that the best of them is not a lucky start, few enough for a first look."""
 
-CHOICES = {"optimizer.gamma": ["none", "last", "inner+last", "all"], "optimizer.shift": ["exempt", "decayed"]}
-"""Arms of fields that take more than a few words."""
+GAMMA = {
+    "mlp": ["none", "inner", "final", "all"],
+    "resnet": ["none", "last", "inner+last", "all"],
+    "transformer": ["none", "stem", "stream", "all"],
+}
+"""Policies of places where each model has gains; of the user's own one these are not known."""
 
 RANGES = {
     "sgd": ((1e-2, 1.0), (1e-5, 1e-2)),
@@ -57,7 +60,7 @@ def spec_text(start: Start) -> str:
     Raises:
         SpecError: if the values of an axis are not known, or the result is no valid spec, with every problem.
     """
-    arms = _arms(start.scientific)
+    arms = _arms(start)
     number = 1
     for values in arms.values():
         number *= max(1, len(values))
@@ -139,7 +142,7 @@ def _model(name: str) -> str:
     return f"  model: {_MODELS.get(name, f'{{name: {_inline(name)}}}')}"
 
 
-def _arms(scientific: Sequence[str]) -> dict[str, list[Any]]:
+def _arms(start: Start) -> dict[str, list[Any]]:
     """Path to the values that are compared.
 
     Raises:
@@ -147,10 +150,10 @@ def _arms(scientific: Sequence[str]) -> dict[str, list[Any]]:
     """
     found: dict[str, list[Any]] = {}
     problems = []
-    for given in scientific:
+    for given in start.scientific:
         path, equals, text = given.partition("=")
         try:
-            values = parse_value(text) if equals else _usual(path)
+            values = parse_value(text) if equals else _usual(path, start.model)
         except ValueError as error:
             values = f"{text}: {error}"
         if not isinstance(values, list) or not values:
@@ -163,10 +166,10 @@ def _arms(scientific: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def _usual(path: str) -> list[Any] | None:
-    """The values of a field that takes a few words or a boolean; None of any other."""
-    if path in CHOICES:
-        return CHOICES[path]
+def _usual(path: str, model: str) -> list[Any] | None:
+    """The values of a field that takes a few words or a boolean, and policies that a model has gains for; None of any other field."""
+    if path == "optimizer.gamma":
+        return GAMMA.get(model, ["none", "all"])
     annotation = field_type(path)
     if annotation is bool:
         return [False, True]

@@ -10,6 +10,7 @@ from study.errors import HomeError, SpecError
 from study.fields import field_type
 from study.spec import load_spec
 from study.starter import RANGES, Start, checked, spec_text, write_spec
+from study.tuning.preflight import audit
 
 
 def start(**changes: Any) -> Start:
@@ -22,7 +23,12 @@ def test_every_rule_and_model_makes_a_valid_spec(rule: str, model: str) -> None:
     spec = checked(spec_text(start(rule=rule, model=model)))
     assert (spec.trial.optimizer.rule, spec.trial.model.name) == (rule, model)
     assert (spec.space["optimizer.lr"].low, spec.space["optimizer.lr"].high) == RANGES[rule][0]
-    assert spec.search.trials == 12 * len(spec.arms) == 48
+    assert spec.search.trials == 12 * len(spec.arms) == (24 if model.startswith("import:") else 48)
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet", "transformer"])
+def test_every_arm_fits_its_model(model: str) -> None:
+    audit(checked(spec_text(start(model=model))))
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist5k", "npz", "import:my.package:make_data"])
