@@ -398,7 +398,7 @@ def where_to_look(document: Document, folder: StudyFolder, home: Path | None, tr
 
 def how_to_use(source: str, **where: object) -> str:
     """Three lines of Python that build an optimizer from a best config."""
-    given = "".join(f", {word}={str(value)!r}" for word, value in where.items() if value is not None)
+    given = "".join(f", {word}={masked(str(value))!r}" for word, value in where.items() if value is not None)
     lines = (
         f"best = study.load_best({source!r}{given})",
         "optimizer = study.build_optimizer(model, best.optimizer)",
