@@ -243,10 +243,11 @@ def test_a_plan_names_the_engine_and_its_measured_gain(
     from study.engines import admission
 
     monkeypatch.setattr(admission, "MEASURED_STEPS", 2)
-    why = "the study is so short that starting more processes would take longer"
+    why = "there are too few trials to fill the rows of fused engines"
     told = {"name": "solo", "slots": 1, "engines_per_gpu": 1, "arithmetic": "", "gain": 0.0, "why": why}
-    assert document(capsys, "plan", spec_file)["engine"] == told
-    assert f"engine: solo, as {why}" in said(capsys, "plan", spec_file)
+    wide = (spec_file, "--set", "resources.slots=99")
+    assert document(capsys, "plan", *wide)["engine"] == told
+    assert f"engine: solo, as {why}" in said(capsys, "plan", *wide)
     forced = (spec_file, "--set", "resources.engine=fused", "--set", "resources.slots=2", "--home", tmp_path / "kept")
     engine = document(capsys, "plan", *forced)["engine"]
     assert (engine["name"], engine["slots"], engine["arithmetic"]) == ("fused", 2, "converted")
