@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import study
+from study.errors import InputError
+from study.trial import TrialSpec
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "optuna", "mlflow", "pandas", "pydantic")
@@ -110,3 +113,14 @@ def test_the_processes_of_fused_trials_load_what_they_need() -> None:
     pool, proxy = python(f"import sys, study.tuning.actor; {loaded}; import study.tuning.trainables; {loaded}").splitlines()
     assert pool == "[]"
     assert proxy == "['pandas', 'ray.tune']"
+
+
+def test_functions_that_are_given_something_else_say_what_they_take() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 2))
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"build_optimizer: takes the optimizer's part of a config \(got TrialSpec\); .*give best.optimizer"):
+        study.build_optimizer(model, TrialSpec())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"at least one step \(got 0\)"):
+        study.build_scheduler(plain, TrialSpec().schedule, total_steps=0)
+    with pytest.raises(InputError, match=r"must be at least 1 \(got 0\)"):
+        study.EffectiveLR(model, plain, every=0)

@@ -20,7 +20,7 @@ from typing import Any, Literal, assert_never
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from study.errors import ModelError, NotExpressible
+from study.errors import InputError, ModelError, NotExpressible
 from study.optimizer import OptimizerSpec, gamma_terms
 from study.training.roles import ParameterRole, Role, parameter_roles
 from study.training.updates import PlannedOptimizer
@@ -192,7 +192,11 @@ def build_optimizer(model: nn.Module, optimizer: OptimizerSpec) -> Optimizer:
 
     Raises:
         ModelError: if the model does not fit the policy.
+        InputError: if it is given anything but the optimizer's part of a config.
     """
+    if not isinstance(optimizer, OptimizerSpec):
+        said = f"takes the optimizer's part of a config (got {type(optimizer).__name__})"
+        raise InputError(said, where="build_optimizer", remedy="after best = study.load_best(...), give best.optimizer")
     return optimizer_for(model, plan_for(model, optimizer), optimizer)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from study.errors import InputError
 from study.measurement import GainSample, LayerSample
 from study.training.equilibrium import Theory, follow, is_equilibrated, theory_of
 from study.training.gains import gain_samples
@@ -67,6 +68,7 @@ class EffectiveLR:
 
     Raises:
         ModelError: if the model does not run on the example, has parameters without a shape yet, or flattens its parameters.
+        InputError: if `every` is no number of steps.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class EffectiveLR:
         filters: bool = False,
         roles: Sequence[ParameterRole] | None = None,
     ) -> None:
+        if every < 1:
+            raise InputError(f"every so many steps must be at least 1 (got {every!r})", where="EffectiveLR.every", remedy="1 samples every step")
         self.every = every
         self.step = 0
         self._model = bare_model(model)

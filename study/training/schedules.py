@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from study.errors import InputError
+
 if TYPE_CHECKING:
     from study.trial import ScheduleSpec
 
@@ -136,7 +138,13 @@ def build_scheduler(optimizer: Optimizer, schedule: "ScheduleSpec", total_steps:
             loss(model(images), labels).backward()
             optimizer.step()
             scheduler.step()
+
+    Raises:
+        InputError: if there is no step to schedule.
     """
+    if total_steps < 1:
+        said = f"a schedule needs at least one step (got {total_steps!r})"
+        raise InputError(said, where="build_scheduler.total_steps", remedy="count all optimizer steps: epochs * len(loader)")
     if schedule.decay.window == (0.0, 1.0) and schedule.decay.shape == "constant":
         return LambdaLR(optimizer, lambda step: lr_factor(schedule, step, total_steps))
     return DecayScheduler(optimizer, schedule, total_steps)

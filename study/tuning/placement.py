@@ -159,12 +159,7 @@ def _is_alive(handle: Any) -> bool:
 def pool(engine: type, settings: dict[str, Any], engines_per_gpu: int = 1, expected: int = 0, engines: int = 0) -> Iterator[str]:
     """The name of a pool of engines, which lives, with them, as long as the block and this process do.
 
-    Args:
-        engine: The class of the engines, which become actors.
-        settings: Arguments of every engine, `device` among them.
-        engines_per_gpu: How many share one GPU.
-        expected: Proxies that the study starts with.
-        engines: How many each node's CPU has at most; 0 for one on each core.
+    Args: as of `Pool`.
     """
     with _beside_the_driver(Pool, engine, settings, engines_per_gpu, expected, engines) as (name, handle):
         ray.get(handle.wait.remote())
