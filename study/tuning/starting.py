@@ -14,6 +14,8 @@ from typing import Any
 
 from study.errors import ClusterLost
 
+log = logging.getLogger(__name__)
+
 WORKERS = {
     "OMP_NUM_THREADS": "1",
     # Tensors of some megabytes come and go with every step: memory that is freed is kept, as fetching it anew costs up to a tenth of the time.
@@ -94,6 +96,8 @@ class _Start:
         """Ends what was started."""
         import ray
 
+        if not self._is_up.is_set():
+            log.warning("stopping, once Ray has started and can be ended: some seconds")
         self._is_up.wait()
         self._environment.close()
         with _no_garbage():

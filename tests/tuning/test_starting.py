@@ -51,6 +51,18 @@ def test_it_starts_while_the_block_goes_on_and_ends_with_it(no_ray: NoRay) -> No
     assert no_ray.ended == 1
 
 
+def test_who_interrupts_its_start_hears_why_ending_takes_so_long(no_ray: NoRay, caplog: pytest.LogCaptureFixture) -> None:
+    goes_on = threading.Event()
+    no_ray.does = lambda: assert_set(goes_on)
+    later = threading.Timer(0.2, goes_on.set)
+    later.start()
+    with pytest.raises(KeyboardInterrupt), on_ray():
+        raise KeyboardInterrupt
+    later.join()
+    assert "once Ray has started" in caplog.text
+    assert no_ray.ended == 1
+
+
 def assert_set(event: threading.Event) -> None:
     assert event.wait(60)
 
