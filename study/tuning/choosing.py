@@ -106,7 +106,7 @@ def _pays(work: float, team: Team, gain: float) -> bool:
 
 
 def _team(spec: StudySpec, work: float) -> Team:
-    """As many engines and slots as are expected to end first: more of them train faster, and start later.
+    """As many engines and slots as are expected to end first: more of them train faster, and start later. All have trials, and fit into memory.
 
     Where the spec says how many slots, and on a cluster, every core has an engine.
 
@@ -118,8 +118,8 @@ def _team(spec: StudySpec, work: float) -> Team:
     room = int(_memory() * MEMORY_SHARE / PROXY_BYTES)
     slots = range(FEWEST_SLOTS, MOST_SLOTS + 1) if asked == "auto" else [asked]
     teams = [Team(*each, cores) for each in product(engines, slots)]
-    fitting = [team for team in teams if team.slots in (asked, FEWEST_SLOTS) or team.slots <= min(room, trials + team.engines - 1) // team.engines]
-    return min(fitting, key=lambda team: team.seconds(work, 1 / (1 - SHARED_COST + SHARED_COST / team.slots)))
+    fitting = [team for team in teams if team.slots <= min(room // team.engines, -(-trials // team.engines))]
+    return min(fitting or teams[:1], key=lambda team: team.seconds(work, 1 / (1 - SHARED_COST + SHARED_COST / team.slots)))
 
 
 def _work(spec: StudySpec) -> float:

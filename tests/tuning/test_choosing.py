@@ -164,7 +164,8 @@ def test_a_short_study_starts_fewer_processes(epochs: int, slots: int, tmp_path:
 def test_slots_fit_the_memory(gigabytes: int, slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a process, and a quarter of the memory is enough for all of them."""
     monkeypatch.setattr(choosing, "_memory", lambda: gigabytes << 30)
-    assert choose(spec(resources={"engine": "fused"}), tmp_path).slots == slots
+    chosen = choose(spec(resources={"engine": "fused"}), tmp_path)
+    assert (chosen.slots, chosen.engines) == (slots, 1 if gigabytes == 1 else 0)
 
 
 def test_slots_that_are_asked_for_are_given(tmp_path: Path, examiner: Examiner) -> None:
