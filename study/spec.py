@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -20,7 +19,7 @@ from study.document import Document, overridden, read_document, to_yaml
 from study.errors import Problem, SpecError
 from study.fields import canonical, space_problems, takes_whole_numbers
 from study.optimizer import PRODUCT
-from study.problems import Lines, Model, located, validated
+from study.problems import Lines, Model, validated
 from study.space import Assignment, Axis, Count, Frozen, NonNegative, Real, Seed, arms, not_a_boolean, word
 from study.stoppingspec import StoppingSpec, population_problems
 from study.trial import TrialSpec, flatten
@@ -30,9 +29,6 @@ MAX_COMBINATIONS = 1_000
 
 LAYER_METRICS = ("effective_lr/median", "rotation/median", "rotation_ratio/median")
 """Summaries of the layers that can serve as an objective."""
-
-NAMES = ("data.name", "data.path", "model.name", "loss")
-"""Fields of a trial that name code or a file, by which errors in these call them."""
 
 LEAST_SHARE = 0.01
 """Of a GPU, that an engine may take."""
@@ -291,41 +287,12 @@ def load_spec(source: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
         NotFound: if there is no such file.
         SpecError: with every problem of the spec, each with file, line and path.
     """
-    document = _document(source, overrides)
+    document = document_of(source, overrides)
     return check(document.tree, str(source), document.lines)
 
 
-def pointed(problems: Sequence[Problem], spec: StudySpec, source: str | Path, overrides: Sequence[str] = ()) -> tuple[Problem, ...]:
-    """What was found wrong with a spec only once its data and model were there, with file, line and path as in `load_spec`.
-
-    Args:
-        problems: Each at a field, such as `data.batch_size`, or at a value, such as `import:nets:wide`; others stay as they are.
-        spec: What was read.
-        source: The file that it was read from.
-        overrides: As in `load_spec`.
-    """
-    lines = _document(source, overrides).lines
-    found = [(problem, _at_its_field(problem, spec)) for problem in problems]
-    return tuple(problem if at is None else located(at, str(source), lines)[1] for problem, at in found)
-
-
-def _at_its_field(problem: Problem, spec: StudySpec) -> Problem | None:
-    """The problem at its field in the spec, as keys joined by `/`: at the axis where there is one; None where it is at no field."""
-    section, _, rest = problem.where.partition(".")
-    if problem.where in spec.space:
-        return replace(problem, where=f"space/{problem.where}")
-    if section in TrialSpec.model_fields:
-        return replace(problem, where="/".join(("trial", section, *filter(None, rest.split(".")))))
-    if section in StudySpec.model_fields:
-        return replace(problem, where=problem.where.replace(".", "/"))
-    told = f"{problem.where}: {problem.message}" if problem.where else problem.message
-    for path, value in flatten(spec.trial.canonical()).items():
-        if isinstance(value, str) and re.match(rf"{re.escape(value)}[: ]", told) and path in NAMES:
-            return replace(problem, where=f"trial/{path.replace('.', '/')}", message=told)
-    return None
-
-
-def _document(source: str | Path, overrides: Sequence[str]) -> Document:
+def document_of(source: str | Path, overrides: Sequence[str]) -> Document:
+    """The tree of a spec's file, and the line of each of its keys, with overrides as in `load_spec`."""
     document = read_document(Path(source))
     for override in overrides:
         document = overridden(document, override)

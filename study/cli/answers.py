@@ -10,7 +10,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from study import errors, views
-from study.spec import StudySpec, pointed
+from study.cli.pointing import pointed
+from study.spec import StudySpec
 
 
 def answer(as_json: bool, document: object, *shown: RenderableType) -> None:
