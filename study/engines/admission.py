@@ -84,8 +84,11 @@ def self_test(trial: TrialSpec, arithmetic: str) -> str:
 
 def _measured(trial: TrialSpec, slots: Sequence[int], arithmetic: str, device: str) -> Admission:
     """The gain of the number of rows from which on more of them train no more."""
-    solo = _solo_seconds(_shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1), device)
     best = Admission("", 0.0, f"{slots[0]} trials together do not fit into memory")
+    try:
+        solo = _solo_seconds(_shortened(trial, MEASURED_STEPS, epochs=ROUNDS + 1), device)
+    except torch.OutOfMemoryError:  # which the trials will say, too
+        return best
     for rows in slots:
         try:
             # Rounded here, so that it is in one place only.

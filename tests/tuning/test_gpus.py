@@ -156,4 +156,11 @@ def test_rows_are_taken_as_long_as_they_pay_and_fit(monkeypatch: pytest.MonkeyPa
     most = 2
     assert admission.examine(trial, [2, 4, 8, 16]) == Admission("converted", 2.0, "", 2)
     most = 1
-    assert admission.examine(trial, [2, 4]) == Admission("", 0.0, "2 trials together do not fit into memory")
+    nothing = Admission("", 0.0, "2 trials together do not fit into memory")
+    assert admission.examine(trial, [2, 4]) == nothing
+
+    def too_large(short: object, device: str) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(admission, "_solo_seconds", too_large)
+    assert admission.examine(trial, [2, 4]) == nothing
