@@ -518,14 +518,19 @@ def test_a_fused_study_is_told_and_remembered_as_a_solo_one_is(undisturbed: tupl
 
 
 def test_a_fused_study_stops_bad_trials_and_fills_their_slots(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials that are far shorter than the start of a process, too: in its middle, engines train as many at once as they have slots."""
+    """Trials that are far shorter than the start of a process, too: engines train as many at once as they have slots.
+
+    Not while processes start, and not the last ones, of which early stopping may leave one by itself for long.
+    """
     monkeypatch.setattr(placement, "pool", placement.pool)
     ticks = counted_ticks()
     trial = {**TRIAL, "data": {"batch_size": 16}}
     studied = spec("halved", trial=trial, trials=16, stopping={"scheduler": "asha", "grace": 1, "reduction": 2}, **FUSED)
     result = run(studied, home=home)
     assert len(ticks) == 2
-    assert all(max(engine) == 2 and engine.count(2) > engine.count(1) for engine in ticks), str(ticks)
+    assert all(max(engine) == 2 for engine in ticks), str(ticks)
+    # Each trial has an epoch while others wait, but for the first of each of the four processes.
+    assert 2 * sum(engine.count(2) for engine in ticks) >= 16 - 4, str(ticks)
     all_agree(home, studied)
     outcomes = list(result.trials["outcome"])
     assert set(outcomes) == {"completed", "stopped"}
